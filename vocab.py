@@ -1,0 +1,215 @@
+"""The output head, walked in chunks: the only place where a tensor with a vocabulary axis is born and dies.
+
+`token_statistics` turns the hidden states of N trained tokens into log pi(y|s) and, where a reference is given, into
+log pi_ref(y|s), the KL and a risk measure of each next-token distribution. The forward pass keeps O(N) numbers; the
+backward pass recomputes the logits chunk by chunk and uses the closed form
+
+    d logp / d logits = onehot(y) - pi            d risk / d logits = pi sum(q) - q,  q = risk.weights
+
+so nothing of shape (N, V) ever lives, and one backward serves every measure of risk.py.
+
+Logits are fp32 outputs even of bf16 operands: bf16 logits move in steps of 0.125 at 31, which drowns a KL of 1e-4.
+CUDA has a kernel for that. On a CPU an fp32 matmul of bf16-valued operands at precision "medium" runs on the bf16
+units and accumulates and returns fp32; the setting is scoped to that matmul, for it rounds the operands of any other.
+
+Left out: sampling, top-k of the logits, anything that would keep a chunk alive.
+"""
+from typing import Any, Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+import risk as risk_measures
+
+CHUNK_BYTES = 2**24  # of one fp32 block of logits: small enough to stay in a CPU's last-level cache
+
+
+class Head(NamedTuple):
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    softcap: float | None = None  # z = cap tanh(raw / cap)
+    scale: float = 1.0  # raw = scale (h W^T + b)
+
+
+class Tokens(NamedTuple):
+    """Statistics of N trained tokens, each (N,) nats in fp32 (fp64 for fp64 operands); None without a reference."""
+
+    logps: Tensor
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
+    risk: Tensor | None = None
+
+
+Measure = Callable[..., risk_measures.Risk]  # (x, p, state) -> Risk, hyper-parameters bound
+
+
+def token_statistics(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    reference: tuple[Tensor, Head] | None = None,
+    measure: Measure | None = None,
+    through: str | None = None,
+    chunk_size: int | None = None,
+) -> Tokens:
+    """Per-token statistics of a language model's head, without an (N, V) tensor.
+
+    hidden (N, D), head.weight (V, D), targets (N,) -> Tokens of (N,) each, in nats. `reference` is the reference's
+    (hidden, head), which gets no gradient; with it come ref_logps, kl, and, with a `measure` of risk.py
+    (hyper-parameters bound by functools.partial), risk. Gradients reach hidden, head.weight and head.bias through
+    logps and through the one drift named by `through` ("kl", "risk" or None); the other drift is a constant.
+    `chunk_size` positions are projected at a time; None fits a block of logits into CHUNK_BYTES. No result depends
+    on it beyond the rounding of a matmul.
+
+    Raises ValueError if `through` names a drift that is not computed.
+    """
+    if through is not None and (reference is None or (through == "risk" and measure is None)):
+        raise ValueError(f"a gradient through {through} needs a reference" + ", a measure" * (through == "risk"))
+    chunk_size = chunk_size or max(16, CHUNK_BYTES // (4 * head.weight.shape[0]))
+    return Tokens(
+        *_TokenStatistics.apply(hidden, head.weight, head.bias, head, targets, reference, measure, through, chunk_size)
+    )
+
+
+class _TokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head, targets, reference, measure, through, chunk_size):  # noqa: ANN001
+        head = Head(weight, bias, head.softcap, head.scale)
+        project = _projection(head)
+        project_reference = _projection(reference[1]) if reference else None
+        logps, ref_logps, kls, risks, lses, ref_lses, states = ([] for _ in range(7))
+        for rows in _chunks(hidden.shape[0], chunk_size):
+            target = targets[rows, None]  # (n, 1)
+            logits = project(hidden[rows])  # (n, V)
+            lse = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+            logps.append((logits.gather(-1, target) - lse).squeeze(-1))  # (n,)
+            lses.append(lse)
+            if reference is None:
+                continue
+            ref_logits = project_reference(reference[0][rows])  # (n, V)
+            ref_lse = ref_logits.logsumexp(-1, keepdim=True)  # (n, 1)
+            ref_logps.append((ref_logits.gather(-1, target) - ref_lse).squeeze(-1))  # (n,)
+            ref_lses.append(ref_lse)
+            cost, probability = _cost_and_probability(logits, lse, ref_logits, ref_lse)  # (n, V) each
+            kls.append(risk_measures.kl(cost, probability).value)  # (n,)
+            if measure is not None:
+                result = measure(cost, probability, None)
+                risks.append(result.value)  # (n,)
+                states.append(result.state)
+        joined = [torch.cat(parts) if parts else None for parts in (logps, ref_logps, kls, risks)]
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lses), *(reference or (None,))[:1])
+        ctx.head = head._replace(weight=None, bias=None)
+        ctx.reference_head = reference[1] if reference else None
+        ctx.ref_lses = torch.cat(ref_lses) if ref_lses else None
+        ctx.states = states
+        ctx.measure = risk_measures.kl if through == "kl" else measure
+        ctx.drift = {None: None, "kl": 2, "risk": 3}[through]
+        ctx.chunk_size = chunk_size
+        constant = [joined[1]] + [joined[k] for k in (2, 3) if k != ctx.drift]
+        ctx.mark_non_differentiable(*[part for part in constant if part is not None])
+        return tuple(joined)
+
+    @staticmethod
+    def backward(ctx, *gradients):  # noqa: ANN001, ANN205
+        hidden, weight, bias, targets, lses, ref_hidden = ctx.saved_tensors
+        gradient = gradients[0]  # (N,) d loss / d logps
+        drift_gradient = gradients[ctx.drift] if ctx.drift else None  # (N,) d loss / d kl or d risk
+        head = ctx.head._replace(weight=weight, bias=bias)
+        project = _projection(head)
+        project_reference = _projection(ctx.reference_head) if ctx.drift else None
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wide = lses.dtype
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None  # (N, D)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None  # (V, D) one fp32 accumulator
+        grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None  # (V,)
+        for index, rows in enumerate(_chunks(hidden.shape[0], ctx.chunk_size)):
+            logits = project(hidden[rows])  # (n, V)
+            lse = lses[rows]  # (n, 1)
+            if ctx.drift:
+                ref_logits = project_reference(ref_hidden[rows])  # (n, V)
+                cost, probability = _cost_and_probability(logits, lse, ref_logits, ctx.ref_lses[rows])
+                state = ctx.states[index] if ctx.states and ctx.drift == 3 else None
+                weights = ctx.measure(cost, probability, state).weights  # (n, V)
+                # the policy's probability gets -g from logps and g sum(q) from the drift: one multiply for both
+                scale = drift_gradient[rows, None] * weights.sum(-1, keepdim=True) - gradient[rows, None]  # (n, 1)
+            else:
+                scale = -gradient[rows, None]  # (n, 1)
+            slope = _softcap_slope(logits, head)  # (n, V) or None, before the logits are overwritten
+            upstream = logits.sub_(lse).exp_().mul_(scale)  # (n, V) d loss / d logits, built in place
+            if ctx.drift:
+                upstream.sub_(weights.mul_(drift_gradient[rows, None]))
+            upstream.scatter_add_(-1, targets[rows, None], gradient[rows, None])
+            if slope is not None:
+                upstream.mul_(slope)
+            if head.scale != 1.0:
+                upstream.mul_(head.scale)
+            if wants_hidden:
+                grad_hidden[rows] = upstream.to(weight.dtype) @ weight  # (n, D)
+            if wants_weight:
+                _add_outer(grad_weight, upstream, hidden[rows])
+            if wants_bias:
+                grad_bias.add_(upstream.sum(0))
+        grad_weight = grad_weight.to(weight.dtype) if wants_weight else None
+        grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def _chunks(total: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, total, size)]
+
+
+def _cost_and_probability(logits: Tensor, lse: Tensor, ref_logits: Tensor, ref_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """x = log pi_ref - log pi_theta and p = pi_ref, (n, V) each. Overwrites ref_logits.
+
+    The logits are subtracted first: neighbours subtract without rounding, and equal models give exactly 0.
+    """
+    cost = (ref_logits - logits).add_(lse - ref_lse)  # (n, V)
+    return cost, ref_logits.sub_(ref_lse).exp_()
+
+
+def _projection(head: Head) -> Callable[[Tensor], Tensor]:
+    """The head as a function (n, D) -> (n, V) of wide logits; what a chunk does not change is made once."""
+    weight = head.weight.detach()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    transposed = weight.t() if weight.is_cuda else weight.to(wide).t()  # (D, V)
+    bias = None if head.bias is None else head.bias.detach().to(wide)  # (V,)
+
+    def project(hidden: Tensor) -> Tensor:
+        if weight.is_cuda and weight.dtype != wide:
+            logits = torch.mm(hidden, transposed, out_dtype=wide)  # (n, V)
+        else:
+            logits = _at_precision(weight.dtype, lambda: torch.mm(hidden.to(wide), transposed))  # (n, V)
+        if bias is not None:
+            logits.add_(bias)
+        if head.scale != 1.0:
+            logits.mul_(head.scale)
+        if head.softcap:
+            logits.div_(head.softcap).tanh_().mul_(head.softcap)
+        return logits
+
+    return project
+
+
+def _add_outer(total: Tensor, upstream: Tensor, hidden: Tensor) -> None:
+    """total (V, D) += upstream (n, V)^T hidden (n, D), accumulated in total's precision."""
+    if total.is_cuda and hidden.dtype != total.dtype:
+        total.add_(torch.mm(upstream.to(hidden.dtype).t(), hidden, out_dtype=total.dtype))
+    else:
+        _at_precision(hidden.dtype, lambda: total.addmm_(upstream.t(), hidden.to(total.dtype)))
+
+
+def _at_precision(dtype: torch.dtype, multiply: Callable[[], Any]) -> Any:
+    """An fp32 product of operands whose values fit `dtype`: exact products, fp32 sums, on the bf16 units for bf16."""
+    if dtype != torch.bfloat16:
+        return multiply()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return multiply()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _softcap_slope(logits: Tensor, head: Head) -> Tensor | None:
+    """d z / d raw = 1 - (z / cap)^2: (n, V)."""
+    return None if not head.softcap else 1 - (logits / head.softcap).square()
