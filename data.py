@@ -1,0 +1,551 @@
+"""From a row in a file to a packed batch: Example -> Encoded -> Pack, and the plan that says who trains on what.
+
+    read / load    files and named datasets -> Example (text)
+    encode         Example -> Encoded (token ids; the prompt once, each completion with its trained mask)
+    pack           Encoded, ... -> Pack (one row of ids without padding, and the indices the head and losses need)
+    plan           lengths -> every optimiser step's groups, rank by rank, micro-batch by micro-batch
+
+JSONL rows (also a .json list of them); a prompt is a string (one user turn) or a list of {"role", "content"} turns,
+a completion a string or a list with one assistant turn:
+
+    {"prompt", "chosen", "rejected"}            a pair; optional "weight", "margin"
+    {"prompt", "completions", "scores"}         a ranked list, higher is better
+    {"prompt", "completion"}                    one completion, for sft.py
+    {"messages"}                                a conversation, every assistant turn trained
+    {"text"}                                    plain text
+
+Adding a dataset = adding one public function here, annotated `-> Iterator[Example | str]`: it yields an Example, or,
+for a row that cannot be used, the reason as a string, which is counted and printed. `--data NAME` finds it.
+
+A mistake in a file is a ValueError that reads "file:line: what is wrong; what would be right".
+
+Left out: streaming of data larger than memory, tools and images in turns, special tokens spelled out inside user text
+(they are tokenised as special, as transformers' chat templates do).
+"""
+import gzip
+import inspect
+import json
+import os
+import sys
+from collections import Counter
+from math import ceil, isfinite
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+MAX_LINE_BYTES = 2**24
+ROLES = ("system", "user", "assistant", "tool")
+# For tokenizers without a chat template: the form of Anthropic's HH dialogues, which DPO's authors trained on.
+PLAIN = (
+    "{% for m in messages %}{{ '\n\n' + {'user': 'Human', 'assistant': 'Assistant'}.get(m.role, m.role | capitalize)"
+    " + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+# Prompt and completion are one running text, as for continuing a film review.
+RAW = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TEMPLATES = {"plain": PLAIN, "raw": RAW}
+
+
+class Example(NamedTuple):
+    prompt: list[dict[str, str]]  # turns; [] for plain text
+    completions: list[str | list[dict[str, str]]]  # answers; a list of turns is the rest of a conversation
+    scores: list[float]  # one per completion, higher is better
+    weight: float = 1.0  # of this example in the loss
+    margin: float = 0.0  # how much better the best is, for losses that use it
+    where: str = ""  # file:line, for error messages
+
+
+class Encoded(NamedTuple):
+    prompt: list[int]  # token ids
+    completions: list[list[int]]  # token ids
+    trained: list[list[bool]]  # per completion token: is it predicted by the loss
+    scores: list[float]
+    weight: float = 1.0
+    margin: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.completions))
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(map(sum, self.trained))
+
+
+class Pack(NamedTuple):
+    """Groups end to end in one row of T tokens: R responses, N trained tokens, B pairs."""
+
+    ids: Tensor  # (1, T)
+    positions: Tensor  # (1, T) restart at 0 with every group and at the prompt's length with every completion
+    groups: list[tuple[int, list[int]]]  # (prompt length, completion lengths), for attention.layout
+    predict: Tensor  # (N,) index into T of the state that predicts each trained token
+    targets: Tensor  # (N,) its token id
+    response: Tensor  # (N,) its response
+    ends: Tensor  # (R,) index into T of each response's last token
+    scores: Tensor  # (R,)
+    pairs: Tensor  # (2, B) responses of each pair: best and worst
+    margins: Tensor  # (B,)
+    weights: Tensor  # (R,) of each response in the loss; 0 for a filler
+
+    @property
+    def pair_weights(self) -> Tensor:  # (B,)
+        return self.weights[self.pairs[0]]
+
+    def to(self, device: torch.device | str) -> "Pack":
+        return Pack(*[part.to(device) if isinstance(part, Tensor) else part for part in self])
+
+
+class Work(NamedTuple):
+    groups: list[int]  # indices of the groups of one micro-batch of one rank
+    counted: bool  # False for a filler, run with weight 0 so that all ranks meet in every collective
+
+
+# ---- readers ---------------------------------------------------------------------------------------------------------
+
+
+def load(source: str, split: str) -> tuple[list[Example], Counter]:
+    """Examples of `NAME`, `NAME=SOURCE` (a dataset function and where its files are) or a .jsonl or .json file.
+
+    Returns the examples and a count of the rows left out by reason. Raises ValueError (see the module) for anything
+    that cannot be read, and if there are no examples.
+    """
+    name, _, place = source.partition("=")
+    if name in datasets():
+        rows = getattr(sys.modules[__name__], name)(split, *([place] if place else []))
+        label = source
+    elif source.removesuffix(".gz").endswith((".jsonl", ".json")):
+        rows = read(source)
+        label = source
+    else:
+        known = ", ".join(datasets())
+        raise ValueError(f"{source}: neither a dataset ({known}; NAME=DIR reads local files) nor a .jsonl or .json file")
+    examples = []
+    dropped = Counter()
+    for row in rows:
+        if isinstance(row, str):
+            dropped[row] += 1
+        else:
+            examples.append(row)
+    if not examples:
+        raise ValueError(f"{label}: no examples")
+    return examples, dropped
+
+
+def datasets() -> list[str]:
+    """Names of the dataset functions of this file, by their annotation."""
+    functions = inspect.getmembers(sys.modules[__name__], inspect.isfunction)
+    return [name for name, f in functions if f.__annotations__.get("return") == Iterator[Example | str]]
+
+
+def hh(split: str, source: str = "Anthropic/hh-rlhf") -> Iterator[Example | str]:
+    """Anthropic's helpful and harmless dialogues (arXiv:2204.05862), from the hub, a directory or a .jsonl(.gz) file.
+
+    A row is two whole dialogues "\\n\\nHuman: ...\\n\\nAssistant: ...". The prompt is what stands before the last
+    "\\n\\nAssistant:". Left out, with the reason: prompts that differ, roles that do not alternate, empty answers.
+    Differs from the published code, which assigns roles by parity and ignores the rejected dialogue's prompt.
+    """
+    for row in _published_rows(source, split):
+        chosen, rejected = (row[key].rpartition("\n\nAssistant:") for key in ("chosen", "rejected"))
+        turns = _dialogue(chosen[0])
+        answers = [chosen[2].strip(), rejected[2].strip()]
+        if chosen[0] != rejected[0]:
+            yield "the two dialogues differ before the last answer"
+        elif turns is None:
+            yield "roles do not alternate"
+        elif not all(answers):
+            yield "an answer is empty"
+        else:
+            yield Example(turns, answers, [1.0, 0.0])
+
+
+def imdb(split: str, source: str = "stanfordnlp/imdb") -> Iterator[Example | str]:
+    """Film reviews (Maas et al. 2011) as plain text, for supervised fine-tuning before alignment on sentiment."""
+    for row in _published_rows(source, split):
+        text = row["text"].replace("<br />", "\n").strip()
+        yield Example([], [text], [1.0]) if text else "a review is empty"
+
+
+def _published_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
+    """Rows of a dataset in its published form: a .jsonl(.gz) file, a local directory or a name on the hub."""
+    path = Path(source)
+    if path.is_file():
+        for where, row in _rows(path):
+            if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
+                raise ValueError(f"{where}: not a row of the published dataset")
+            yield row
+        return
+    if os.sep in source and source.count("/") != 1 and not path.exists():
+        raise ValueError(f"{source}: no such file or directory")
+    import datasets as hub
+
+    try:
+        rows = hub.load_dataset(source, split=split)
+    except Exception as error:  # the library raises a dozen unrelated types for one user's mistake
+        raise ValueError(f"{source}: cannot load split {split!r}: {str(error).splitlines()[0]}") from error
+    yield from rows
+
+
+def _dialogue(text: str) -> list[dict[str, str]] | None:
+    """Turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", or None unless they alternate from Human to Human."""
+    turns = []
+    for part in text.split("\n\nHuman:")[1:]:
+        user, *answers = part.split("\n\nAssistant:")
+        turns.append({"role": "user", "content": user.strip()})
+        turns.extend({"role": "assistant", "content": answer.strip()} for answer in answers)
+    alternate = all(turn["role"] == ("user", "assistant")[i % 2] for i, turn in enumerate(turns))
+    complete = alternate and len(turns) % 2 == 1 and not text.split("\n\nHuman:")[0].strip()
+    return turns if complete and all(turn["content"] for turn in turns) else None
+
+
+def read(path: str | Path) -> Iterator[Example]:
+    """Examples of a .jsonl file (or a .json list, or either with .gz) in the forms of the module's docstring."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    for where, row in _rows(path):
+        yield _example(row, where)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", value) of every non-blank line, or ("file[i]", value) of every item of a .json list."""
+    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    with opened as file:
+        if path.name.removesuffix(".gz").endswith(".json"):
+            rows = _parse(file.read(), str(path))
+            if not isinstance(rows, list):
+                raise ValueError(f"{path}: not a JSON list of rows; use .jsonl for one row a line")
+            yield from ((f"{path}[{index}]", row) for index, row in enumerate(rows))
+            return
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) == MAX_LINE_BYTES:
+                raise ValueError(f"{where}: a line longer than {MAX_LINE_BYTES} bytes")
+            if line.strip():
+                yield where, _parse(line, where)
+
+
+def _parse(raw: bytes, where: str) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+
+
+def _example(row: Any, where: str) -> Example:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not an object; a row is {{\"prompt\": ..., \"chosen\": ..., \"rejected\": ...}}")
+    if "text" in row:
+        return Example([], [_string(row["text"], "text", where)], [1.0], where=where)
+    if "messages" in row:
+        turns = _turns(row["messages"], "messages", where)
+        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if not answers:
+            raise ValueError(f"{where}: \"messages\" has no assistant turn to train on")
+        return Example(turns[: answers[0]], [turns[answers[0] :]], [1.0], where=where)
+    prompt = _turns(_value(row, "prompt", where), "prompt", where)
+    options = {key: _number(row[key], key, where) for key in ("weight", "margin") if key in row}
+    if options.get("weight", 1.0) < 0:
+        raise ValueError(f"{where}: \"weight\" must be >= 0, got {row['weight']}")
+    if "completion" in row:
+        return Example(prompt, [_answer(row["completion"], "completion", where)], [1.0], where=where, **options)
+    if "completions" in row:
+        answers = row["completions"]
+        scores = _value(row, "scores", where)
+        if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores) or not answers:
+            raise ValueError(f"{where}: \"completions\" and \"scores\" must be lists of one length, at least 1")
+        answers = [_answer(answer, f"completions[{i}]", where) for i, answer in enumerate(answers)]
+        scores = [_number(score, f"scores[{i}]", where) for i, score in enumerate(scores)]
+        return Example(prompt, answers, scores, where=where, **options)
+    answers = [_answer(_value(row, key, where), key, where) for key in ("chosen", "rejected")]
+    return Example(prompt, answers, [1.0, 0.0], where=where, **options)
+
+
+def _value(row: dict[str, Any], key: str, where: str) -> Any:
+    if key not in row:
+        raise ValueError(f"{where}: missing \"{key}\" (keys: {', '.join(sorted(row)) or 'none'})")
+    return row[key]
+
+
+def _string(value: Any, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: \"{key}\" must be a string, got {json.dumps(value)[:40]}")
+    if not value.strip():
+        raise ValueError(f"{where}: \"{key}\" is empty")
+    return value
+
+
+def _answer(value: Any, key: str, where: str) -> str:
+    if isinstance(value, list):
+        turns = _turns(value, key, where)
+        if len(turns) != 1 or turns[0]["role"] != "assistant":
+            raise ValueError(f"{where}: \"{key}\" must be a string or one assistant turn")
+        return turns[0]["content"]
+    return _string(value, key, where)
+
+
+def _turns(value: Any, key: str, where: str) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}] if value else []
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: \"{key}\" must be a string or a list of turns, got {json.dumps(value)[:40]}")
+    for index, turn in enumerate(value):
+        if not isinstance(turn, dict) or set(turn) < {"role", "content"}:
+            raise ValueError(f"{where}: {key}[{index}] must have \"role\" and \"content\"")
+        if turn["role"] not in ROLES:
+            raise ValueError(f"{where}: {key}[{index}].role is {json.dumps(turn['role'])} ({', '.join(ROLES)})")
+        _string(turn["content"], f"{key}[{index}].content", where)
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+        raise ValueError(f"{where}: \"{key}\" must be a finite number, got {json.dumps(value)[:40]}")
+    return float(value)
+
+
+# ---- encode ----------------------------------------------------------------------------------------------------------
+
+
+def chat_template(tokenizer: Any, choice: str | None) -> tuple[str, str | None]:
+    """(name, template) from a flag: None is the tokenizer's own, or "plain" where it has none; a name of TEMPLATES;
+    or a file. A template of None means the tokenizer's own. Raises ValueError for a file that cannot be read."""
+    if choice is None:
+        return ("plain", PLAIN) if tokenizer.chat_template is None else ("the tokenizer's own", None)
+    if choice in TEMPLATES:
+        return choice, TEMPLATES[choice]
+    try:
+        return choice, Path(choice).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {choice}: not one of {', '.join(TEMPLATES)} and not a readable file") from error
+
+
+def encode(
+    example: Example, tokenizer: Any, max_length: int, max_prompt_length: int, template: tuple[str, str | None]
+) -> Encoded | str:
+    """Token ids of an example, at most max_length for the prompt and one completion together; or, where nothing of a
+    completion is left, the reason as a string.
+
+    The prompt is rendered and tokenised once. Too long a prompt loses its oldest turns (never the system turn), then
+    the beginning of its last turn; what the template writes before that turn (BOS, system, role) stays. A completion
+    is the text the template adds to the prompt's, tokenised on its own as sampling would see it, its end-of-turn
+    token included, and is cut on the right.
+
+    Raises ValueError if the prompt's text is not a prefix of the conversation's, or without an end-of-turn token.
+    """
+    prompt_text, prompt = _encode_prompt(example, tokenizer, max_prompt_length, template)
+    if len(prompt) > max_prompt_length:
+        return "nothing of the prompt fits"
+    budget = max_length - len(prompt)
+    completions = []
+    masks = []
+    for completion in example.completions:
+        ids, trained = _encode_completion(example, completion, prompt_text, tokenizer, template)
+        if not prompt:
+            trained[0] = False  # nothing predicts the first token of all
+        completions.append(ids[:budget])
+        masks.append(trained[:budget])
+        if not any(masks[-1]):
+            return "nothing of a completion fits"
+    return Encoded(prompt, completions, masks, example.scores, example.weight, example.margin)
+
+
+def _render(tokenizer: Any, turns: list[dict[str, str]], template: tuple[str, str | None], generation: bool) -> str:
+    if not turns:
+        return ""
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=generation, chat_template=template[1]
+        )
+    except Exception as error:  # jinja's own errors, and whatever a template raises for turns it does not like
+        raise ValueError(f"chat template ({template[0]}): {str(error).splitlines()[0]}") from error
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _encode_prompt(
+    example: Example, tokenizer: Any, limit: int, template: tuple[str, str | None]
+) -> tuple[str, list[int]]:
+    """The prompt's whole text, and its ids cut to at most `limit` (more only if not even the frame fits)."""
+    turns = example.prompt
+    text = _render(tokenizer, turns, template, True)
+    adds_bos = template[1] is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and (adds_bos or not turns) else []
+    ids = bos + _ids(tokenizer, text)
+    if len(ids) <= limit or not turns:
+        return text, ids
+    system = turns[: turns[0]["role"] == "system"]
+    kept = turns[len(system) :]
+    starts = [index for index, turn in enumerate(kept) if turn["role"] == "user" and index > 0]
+    for start in starts:
+        shorter = _render(tokenizer, system + kept[start:], template, True)
+        ids = bos + _ids(tokenizer, shorter)
+        if len(ids) <= limit:
+            return text, ids
+    last = kept[starts[-1] :] if starts else kept
+    shortest = _render(tokenizer, system + last, template, True)
+    blank = [{**last[0], "content": "\0"}, *last[1:]] if last else []
+    frame = os.path.commonprefix([shortest, _render(tokenizer, system + blank, template, True)])
+    encoding = tokenizer(shortest, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoding["input_ids"]
+    keep = sum(end <= len(frame) for _, end in encoding["offset_mapping"])
+    tail = limit - len(bos) - keep
+    return text, bos + ids[:keep] + (ids[len(ids) - tail :] if tail > 0 else ids[keep:])
+
+
+def _encode_completion(
+    example: Example,
+    completion: str | list[dict[str, str]],
+    prompt_text: str,
+    tokenizer: Any,
+    template: tuple[str, str | None],
+) -> tuple[list[int], list[bool]]:
+    """Ids and trained mask of what follows the prompt. Every assistant turn and its end-of-turn token are trained."""
+    if not example.prompt and isinstance(completion, str):
+        ids = _ids(tokenizer, completion) + [_eos(tokenizer)]
+        return ids, [True] * len(ids)
+    turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    history = list(example.prompt)
+    ids = []
+    trained = []
+    done = prompt_text
+    for turn in turns:
+        if turn["role"] == "assistant":
+            opened = _continued(done, _render(tokenizer, history, template, True), example, template)
+            between = _ids(tokenizer, opened[len(done) :])
+            closed = _render(tokenizer, [*history, turn], template, False).rstrip()
+            answer = _continued(opened, closed, example, template)[len(opened) :]
+            learned = _ids(tokenizer, answer)
+            if answer.endswith(turn["content"].rstrip()):  # the template writes no end-of-turn token
+                learned.append(_eos(tokenizer))
+            ids += between + learned
+            trained += [False] * len(between) + [True] * len(learned)
+            done = closed
+        history.append(turn)
+    return ids, trained
+
+
+def _continued(before: str, after: str, example: Example, template: tuple[str, str | None]) -> str:
+    if not after.startswith(before):
+        raise ValueError(
+            f"{example.where or 'example'}: chat template ({template[0]}): the text of the prompt is not a prefix of the "
+            "text of the conversation; pass --chat-template with one that renders turns in order"
+        )
+    return after
+
+
+def _eos(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no eos token, and the chat template writes no end of turn")
+    return tokenizer.eos_token_id
+
+
+# ---- pack ------------------------------------------------------------------------------------------------------------
+
+
+def pack(groups: Sequence[Encoded], counted: bool = True) -> Pack:
+    """Groups end to end in one row, nothing padded. `counted` False makes every weight 0 (a filler)."""
+    ids, positions, sizes, predict, targets, response, ends, scores, weights = ([] for _ in range(9))
+    pairs = []
+    margins = []
+    for group in groups:
+        start = len(ids)
+        prompt = len(group.prompt)
+        first_response = len(ends)
+        ids += group.prompt
+        positions += range(prompt)
+        for completion, trained in zip(group.completions, group.trained):
+            begin = len(ids)
+            ids += completion
+            positions += range(prompt, prompt + len(completion))
+            for index, wanted in enumerate(trained):
+                if wanted:
+                    # the prompt's last state predicts the first token of every completion
+                    predict.append(begin + index - 1 if index else start + prompt - 1)
+                    targets.append(completion[index])
+                    response.append(len(ends))
+            ends.append(len(ids) - 1)
+        sizes.append((prompt, [len(completion) for completion in group.completions]))
+        scores += group.scores
+        weights += [group.weight * counted] * len(group.completions)
+        pair = best_and_worst(group.scores)
+        if pair is not None:
+            pairs.append([first_response + index for index in pair])
+            margins.append(group.margin)
+    return Pack(
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        sizes,
+        torch.tensor(predict),
+        torch.tensor(targets),
+        torch.tensor(response),
+        torch.tensor(ends),
+        torch.tensor(scores),
+        torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).t(),
+        torch.tensor(margins),
+        torch.tensor(weights),
+    )
+
+
+def best_and_worst(scores: Sequence[float]) -> tuple[int, int] | None:
+    """Indices of the highest and the lowest score, or None where no completion is better than another."""
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    return (order[0], order[-1]) if scores[order[0]] > scores[order[-1]] else None
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    lengths: Sequence[int],
+    batch_size: int,
+    world_size: int,
+    tokens_per_microbatch: int,
+    seed: int | None,
+    epoch: int = 0,
+) -> list[list[list[Work]]]:
+    """Every optimiser step of an epoch: plan[step][rank] is that rank's micro-batches in order.
+
+    `lengths` are tokens of each group, `batch_size` groups make one optimiser step over all ranks; the last step of
+    the epoch takes what is left. All ranks have the same number of micro-batches in a step, as collectives demand; a
+    rank without work runs the smallest group uncounted. No micro-batch exceeds the budget unless a single group does.
+    The order is a permutation by (seed, epoch); a seed of None keeps the order of the data. A pure function: every
+    rank computes the same plan, and resuming at a step is looking it up.
+    """
+    order = list(range(len(lengths)))
+    if seed is not None:
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    smallest = min(order, key=lambda index: lengths[index])
+    steps = []
+    for start in range(0, len(order), batch_size):
+        bins = _balance(order[start : start + batch_size], lengths, world_size, tokens_per_microbatch)
+        works = [Work(groups, True) if groups else Work([smallest], False) for groups in bins]
+        steps.append([works[rank::world_size] for rank in range(world_size)])
+    return steps
+
+
+def _balance(groups: list[int], lengths: Sequence[int], world_size: int, budget: int) -> list[list[int]]:
+    """Groups into the fewest multiple of world_size bins within the budget, longest first into the emptiest bin.
+
+    Bins come sorted by tokens, so that the ranks of one micro-batch carry nearly the same load.
+    """
+    by_length = sorted(groups, key=lambda index: -lengths[index])
+    rounds = max(1, ceil(sum(lengths[index] for index in groups) / (world_size * budget)))
+    while True:
+        bins = [[] for _ in range(rounds * world_size)]
+        loads = [0] * len(bins)
+        for index in by_length:
+            target = loads.index(min(loads))
+            bins[target].append(index)
+            loads[target] += lengths[index]
+        if all(load <= budget or len(members) == 1 for load, members in zip(loads, bins)):
+            ranked = sorted(range(len(bins)), key=lambda position: -loads[position])
+            return [bins[position] for position in ranked]
+        rounds += 1

@@ -1,0 +1,78 @@
+"""Everything that must know there is more than one process: start, shard, sum, clip, agree.
+
+FSDP2 (`fully_shard`) always, also with one process, so there is one code path: `python align.py` makes a group of one.
+Each block is a unit, gathered for its forward and again for its backward; what is left (embeddings, head, last norm)
+is the root's unit and stays gathered from forward to backward, for the head is read between them.
+
+Left out: tensor, pipeline and expert parallelism; CPU offload.
+"""
+import os
+from datetime import timedelta
+from typing import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.device]:
+    """Join torchrun's process group, or make a group of one. Returns (rank, world size, this rank's device).
+
+    Raises ValueError if `device` is "cuda" and this rank has none of its own.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"--device cuda: local rank {local}, but {torch.cuda.device_count()} CUDA devices are visible")
+        torch.cuda.set_device(local)
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), place
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+    """Split every parameter over all ranks, in place. Parameters keep their dtype, compute runs in `dtype`, gradients
+    are summed in fp32. The root forward must take integers only: floats would be cast to `dtype`."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale all gradients so that their global 2-norm is at most max_norm; returns the norm before."""
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank if it is True on one: how ranks agree to stop at the same step."""
+    agreed = torch.tensor(float(flag), device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return bool(agreed.item())
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

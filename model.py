@@ -1,0 +1,167 @@
+"""A causal language model as two parts: a body that turns packed ids into hidden states, and a head for vocab.py.
+
+Works with every transformers architecture that uses its attention interface (Llama, Mistral, Qwen, Gemma, Phi-3,
+GPT-NeoX/Pythia, GPT-2, OPT, OLMo, ...); `load` compares a few tokens with the model's own logits and refuses one for
+which packing is not exact. Left out: encoder-decoders, images, GPT-Neo and others with attention code of their own.
+"""
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
+
+import attention
+import vocab
+
+CHECK_TOLERANCE = 2e-3  # nats, fp32: packed against plain log-probabilities of a random model or a trained one
+
+
+class LanguageModel(nn.Module):
+    """transformers' model `lm` with one entry point, so that FSDP gathers and frees around it."""
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, ids: Tensor, positions: Tensor, layout: attention.Layout) -> Tensor:
+        """ids, positions (1, T) -> last hidden states (T, D)."""
+        body = self.lm.base_model
+        return body(input_ids=ids, position_ids=positions, layout=layout, use_cache=False).last_hidden_state[0]
+
+    @property
+    def head(self) -> vocab.Head:
+        """The head's parameters. Under FSDP only between a forward of this model and its backward: whole tensors."""
+        linear = self.lm.get_output_embeddings()
+        config = self.lm.config
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        return vocab.Head(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer layers: the units of sharding and of activation checkpointing."""
+        return [module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def load(
+    path: str,
+    dtype: torch.dtype,
+    max_length: int,
+    weights: str = "pretrained",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """A LanguageModel from a local directory or a hub name, on the CPU, in training mode with every dropout at 0.
+
+    `weights` "random" starts from the directory's config.json alone, with transformers' own initialisation under
+    `seed`. Raises ValueError: no such model, pickle weights, missing weights, positions shorter than `max_length`,
+    or an architecture for which packed attention does not reproduce the model's own logits.
+    """
+    options = {"trust_remote_code": trust_remote_code, **_local(path)}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        if weights == "random":
+            torch.manual_seed(seed)
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        else:
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            )
+            _refuse_missing(path, report, lm)
+    except OSError as error:
+        raise ValueError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    _check_positions(path, lm.config.get_text_config(), max_length)
+    _disable_dropout(lm)
+    model = LanguageModel(lm)
+    _check_packing(path, model)
+    lm.to(dtype) if dtype != torch.float32 else lm
+    return model
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory or hub name. Raises ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_local(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no tokenizer ({str(error).strip().splitlines()[0]})") from error
+
+
+def checkpoint_activations(model: LanguageModel) -> None:
+    """Keep only each block's input; recompute the block in the backward pass. In place, before fsdp.shard."""
+    model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _local(path: str) -> dict[str, bool]:
+    """A path that looks like a directory must be one; then the hub is not asked."""
+    if Path(path).exists():
+        return {"local_files_only": True}
+    if path.count("/") > 1 or path.startswith((".", os.sep)):
+        raise ValueError(f"{path}: no such model directory")
+    return {}
+
+
+def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
+    tied = set(getattr(lm, "all_tied_weights_keys", None) or {})
+    missing = sorted(set(report["missing_keys"]) - tied)
+    wrong = sorted(str(key) for key in report.get("mismatched_keys") or [])
+    if missing or wrong:
+        raise ValueError(f"{path}: {len(missing + wrong)} weights missing or misshapen (first: {(missing + wrong)[0]})")
+
+
+def _check_positions(path: str, config: Any, max_length: int) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ValueError(f"--max-length {max_length} exceeds the {longest} positions of {path}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    variants = [rope, *[value for value in rope.values() if isinstance(value, dict)]]
+    original = getattr(config, "original_max_position_embeddings", None) or longest
+    for variant in variants:
+        if variant.get("rope_type") in ("dynamic", "longrope"):
+            original = variant.get("original_max_position_embeddings") or original
+            if max_length > original:
+                raise ValueError(
+                    f"{path}: its rotary embedding changes beyond {original} positions with the longest of the row; "
+                    f"use --max-length {original} or less"
+                )
+
+
+def _disable_dropout(lm: nn.Module) -> None:
+    """Training mode with every probability 0: eval mode would switch activation checkpointing off."""
+    lm.train()
+    for module in lm.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(module, nn.Dropout))):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def _check_packing(path: str, model: LanguageModel) -> None:
+    """A group of two completions, packed, against two plain sequences: attention, positions, head bias, soft-cap,
+    scale. Leaves the model on packed attention."""
+    lm = model.lm
+    size = lm.config.get_text_config().vocab_size
+    ids = torch.randint(0, size, (12,), generator=torch.Generator().manual_seed(0))
+    prompt, chosen, rejected = ids[:5], ids[5:9], ids[9:]
+    plain = torch.cat(
+        [lm(torch.cat([prompt, answer])[None]).logits[0, 4:].log_softmax(-1) for answer in (chosen, rejected)]
+    )  # (5 + 4, V)
+    refusal = f"{path}: {type(lm).__name__} does not work with packed attention"
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        lm.set_attn_implementation(attention.NAME)
+        positions = torch.tensor([[*range(9), *range(5, 8)]])
+        hidden = model(ids[None], positions, attention.layout([(5, [4, 3])]))  # (12, D)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{refusal}: {str(error).splitlines()[0]}") from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    states = hidden[[4, 5, 6, 7, 8, 4, 9, 10, 11]]  # (9, D)
+    for target in (0, size - 1):
+        packed = vocab.token_statistics(states, model.head, torch.full((9,), target)).logps  # (9,)
+        error = (packed - plain[:, target]).abs().max().item()
+        if not error < CHECK_TOLERANCE:
+            raise ValueError(f"{refusal}: log-probabilities differ from its own by {error:.1e} nats")
