@@ -30,7 +30,7 @@ import sys
 from collections import Counter
 from math import ceil, isfinite
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -88,6 +88,7 @@ class Pack(NamedTuple):
     pairs: Tensor  # (2, B) responses of each pair: best and worst
     margins: Tensor  # (B,)
     weights: Tensor  # (R,) of each response in the loss; 0 for a filler
+    counted: bool  # False for a filler, whose statistics are not the batch's
 
     @property
     def pair_weights(self) -> Tensor:  # (B,)
@@ -312,6 +313,50 @@ def _number(value: Any, key: str, where: str) -> float:
 # ---- encode ----------------------------------------------------------------------------------------------------------
 
 
+def encode_all(
+    examples: Sequence[Example | str],
+    dropped: Counter,
+    tokenizer: Any,
+    template: tuple[str, str | None],
+    max_length: int,
+    max_prompt_length: int,
+    source: str,
+    say: Callable[[str], None],
+) -> list[Encoded]:
+    """Encode what can be; says what was kept, what was left out and why, and shows one example with its trained part.
+
+    Raises ValueError if nothing is left.
+    """
+    encoded = []
+    for example in examples:
+        result = encode(example, tokenizer, max_length, max_prompt_length, template) if isinstance(example, Example) else example
+        if isinstance(result, str):
+            dropped[result] += 1
+        else:
+            encoded.append(result)
+    reasons = "; ".join(f"{number} left out: {reason}" for reason, number in dropped.items())
+    if not encoded:
+        raise ValueError(f"{source}: no example is left at --max-length {max_length} ({reasons})")
+    lengths = sorted(example.tokens for example in encoded)
+    middle, high = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
+    say(f"{source}: {len(encoded)} examples of {middle} tokens (median), {high} (95 %), {lengths[-1]} (longest). {reasons}")
+    first = encoded[0]
+    shown = [token for token, wanted in zip(first.completions[0], first.trained[0]) if wanted]
+    say(f"  ...{tokenizer.decode(first.prompt)[-120:]!r} -> {tokenizer.decode(shown)[:200]!r}")
+    return encoded
+
+
+def subset(examples: list[Encoded], size: int) -> list[Encoded]:
+    """The same `size` examples in every run, whatever its seed."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+    return [examples[index] for index in sorted(order[:size])]
+
+
+def held_out_source(source: str, named: str | None) -> str | None:
+    """Where held-out examples come from: what the user named, or the test split of a named dataset, or nowhere."""
+    return named or (source if source.partition("=")[0] in datasets() else None)
+
+
 def chat_template(tokenizer: Any, choice: str | None) -> tuple[str, str | None]:
     """(name, template) from a flag: None is the tokenizer's own, or "plain" where it has none; a name of TEMPLATES;
     or a file. A template of None means the tokenizer's own. Raises ValueError for a file that cannot be read."""
@@ -491,6 +536,7 @@ def pack(groups: Sequence[Encoded], counted: bool = True) -> Pack:
         torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).t(),
         torch.tensor(margins),
         torch.tensor(weights),
+        counted,
     )
 
 

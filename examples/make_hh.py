@@ -2,17 +2,20 @@
 
     python examples/make_hh.py hh_harmless_base_test.jsonl.gz
 
-A published row holds two whole dialogues, {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}, which
-should be the same up to the last answer. Ours stores what they share once:
+A published row holds two whole dialogues, which should be the same up to the last answer:
+
+    {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "\\n\\nHuman: ...\\n\\nAssistant: ..."}
+
+Ours stores what they share once:
 
     {"prompt": [{"role": "user", "content": ...}, ...], "chosen": ..., "rejected": ...}
 
 A row that breaks this promise is dropped and counted under the first reason that applies. Rows whose
-dialogues open with the same user turn stay on the same side of the train/test split. Keeping only equal prompts
-together would not do: the file has dialogues at several lengths, so the answer of one row stands in the prompt of
-another.
+dialogues open with the same user turn stay on the same side of the train/test split. Keeping only equal
+prompts together would not do: the file has dialogues at several lengths, and the answer of one row stands in
+the prompt of another.
 
-Left out: no answer is judged or repaired. Some answers begin with a stray "Human:"; they are kept as published.
+Left out: no answer is judged or repaired. Some begin with a stray "Human:"; they are kept as published.
 """
 import argparse
 import gzip
@@ -46,7 +49,7 @@ def fail(message):
 
 
 def read_rows(source):
-    """The published rows of a .jsonl or .jsonl.gz file, checked: a list of (chosen, rejected) dialogue strings."""
+    """The rows of a published .jsonl or .jsonl.gz file, checked: a list of (chosen, rejected) dialogues."""
     rows = []
     number = 0
     opener = gzip.open if source.suffix == ".gz" else open
@@ -83,7 +86,7 @@ def parse_row(line, where):
 
 
 def split_turns(dialogue):
-    """The dialogue as [(speaker, stripped text), ...]; text before the first speaker counts as a turn of ''."""
+    """The dialogue as [(speaker, stripped text), ...]; text before the first speaker is a turn of ''."""
     pieces = SPEAKER.split(dialogue)
     turns = [(speaker, text.strip()) for speaker, text in zip(pieces[1::2], pieces[2::2])]
     preamble = pieces[0].strip()
@@ -114,9 +117,9 @@ def convert(chosen, rejected):
 
 
 def split(rows, test_rows, seed):
-    """Rows -> (train, test). Rows with the same opening turn form a group. Both files are in the order of a seeded
-    hash of that turn, so that the first rows of either are already a random sample. A group that would overshoot
-    `test_rows` goes to train.
+    """Rows -> (train, test). Rows with the same opening turn form a group. Both files are in the order of a
+    seeded hash of that turn, so that the first rows of either are already a random sample. A group that would
+    overshoot `test_rows` goes to train.
     """
     groups = {}
     for row in rows:
@@ -163,7 +166,7 @@ def main():
         else:
             rows.append(row)
     if not 0 < args.test_rows < len(rows):
-        fail(f"--test-rows {args.test_rows}: must be between 1 and {len(rows) - 1}, one less than the clean rows")
+        fail(f"--test-rows {args.test_rows}: must be at least 1 and less than the {len(rows)} clean rows")
     train, test = split(rows, args.test_rows, args.seed)
 
     sides = {"hh_train.jsonl": train, "hh_test.jsonl": test}

@@ -2,12 +2,12 @@
 
     python examples/make_tiny_model.py
 
-The demo and the tests need a model that starts in a second on a CPU. It has the shape of a modern Llama (grouped
-key/value heads, tied embeddings, ChatML turns), so nothing the loops do is skipped because it is small. No weights
-are written: whoever uses it draws them from the configuration, and says with which seed.
+The demo and the tests need a model that starts in a second on a CPU. It has the shape of a modern Llama:
+grouped key/value heads, tied embeddings, ChatML turns. No weights are written: whoever uses it draws them
+from the configuration, and says with which seed.
 
-The tokenizer is byte-level BPE without any normalisation, so every text survives encode and decode. It is trained
-on hh_train.jsonl only. Same file and same version of the tokenizers library: same bytes out.
+The tokenizer is byte-level BPE without any normalisation, so every text survives encode and decode. It is
+trained on hh_train.jsonl only. Same file and same version of the tokenizers library: same bytes out.
 """
 import argparse
 import json
@@ -77,8 +77,9 @@ def fail(message):
 
 
 def read_texts(path):
-    """Every turn and answer of the training file, headed by its role as in the template: the two role words are in
-    every sequence and should cost one token each."""
+    """Every turn and answer of the training file, headed by its role as in the template: the two role words
+    are in every sequence and should cost one token each.
+    """
     texts = []
     try:
         with open(path, encoding="utf-8") as file:
@@ -109,7 +110,7 @@ def train_tokenizer(texts):
 
 
 def count_parameters():
-    """Parameters of the model CONFIG describes, each tied tensor once. Arithmetic, so that torch is not needed."""
+    """Parameters of the model that CONFIG describes, the tied ones once. Arithmetic, to do without torch."""
     hidden = CONFIG["hidden_size"]
     heads = CONFIG["num_attention_heads"] + CONFIG["num_key_value_heads"]
     attention = 2 * hidden * heads * CONFIG["head_dim"]  # query and output, key and value
@@ -135,7 +136,7 @@ def write_files(folder, contents):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--out", type=Path, default=HERE / "tiny", help="folder of the tokenizer and config files")
+    parser.add_argument("--out", type=Path, default=HERE / "tiny", help="folder of the four files")
     args = parser.parse_args()
 
     tokenizer = train_tokenizer(read_texts(HERE / "hh_train.jsonl"))
@@ -147,7 +148,7 @@ def main():
     }
     write_files(args.out, contents)
     size = sum(len(content.encode("utf-8")) for content in contents.values())
-    print(f"{args.out}: {VOCABULARY:,} tokens, {count_parameters():,} parameters (drawn when used), {size:,} bytes")
+    print(f"{args.out}: {VOCABULARY:,} tokens, {count_parameters():,} parameters when drawn, {size:,} bytes")
 
 
 if __name__ == "__main__":

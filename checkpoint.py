@@ -1,0 +1,263 @@
+"""Checkpoints that are complete or absent, and the export to an ordinary Hugging Face directory.
+
+    python checkpoint.py export RUN/step-100 OUT [--dtype float32|bfloat16]
+
+A checkpoint `step-N` holds every parameter, AdamW's state, the random state of each rank and `trainer.json` (step,
+arguments, a checksum of every file). It is written under another name and renamed when complete, so a kill at any
+moment leaves the one before. Its tensors go through torch.distributed.checkpoint, sharded, so any number of ranks
+reads it. Loading runs no code: the reader takes only the classes a tensor-only checkpoint needs.
+
+Left out: asynchronous saves, object stores, optimisers other than AdamW.
+"""
+import argparse
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import fsdp
+
+FORMAT = 1
+_METADATA = "torch.distributed.checkpoint.metadata"
+ALLOWED = {
+    **{(_METADATA, name): None for name in (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )},
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): None,
+    ("torch.serialization", "_get_layout"): None,
+    ("torch", "Size"): None,
+    ("pathlib", "PosixPath"): None,
+    **{("torch", name): None for name in ("float32", "float64", "bfloat16", "float16", "uint8", "int32", "int64", "bool")},
+}  # fmt: skip
+
+
+class SafeReader(FileSystemReader):
+    """A FileSystemReader whose metadata cannot run code and holds tensors only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = self._get_metadata_path(kwargs.get("rank"))
+
+        class Unpickler(pickle.Unpickler):
+            def find_class(self, module: str, name: str) -> Any:
+                if (module, name) not in ALLOWED:
+                    raise ValueError(f"{path}: checkpoint metadata refers to {module}.{name}; refusing to load it")
+                return super().find_class(module, name)
+
+        with open(path, "rb") as file:
+            metadata = Unpickler(file).load()
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"{path}: entry {name} is not a tensor; refusing to load it")
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def save(
+    out: str | Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW, args: dict[str, Any], keep_last: int
+) -> None:
+    """Write out/step-N, all ranks together, then prune to the newest `keep_last`. An existing step-N is left alone."""
+    out = Path(out)
+    target = out / f"step-{step}"
+    beside = out / f".tmp-step-{step}"
+    rank = fsdp.ranks()[0]
+    if target.exists():
+        return
+    if rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    fsdp.barrier()
+    dcp.save(_state(model, optimizer), checkpoint_id=str(beside))
+    if rank == 0:
+        files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(beside.iterdir())}
+        record = {"format": FORMAT, "step": step, "args": args, "files": files}
+        record["world_size"] = fsdp.ranks()[1]
+        with open(beside / "trainer.json", "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+        for old in complete(out)[keep_last:]:
+            shutil.rmtree(old)
+    fsdp.barrier()
+
+
+def complete(out: str | Path) -> list[Path]:
+    """The checkpoints of a run, newest first. A directory counts once it was renamed into place with its record."""
+    found = [path for path in Path(out).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [path for path in found if (path / ".metadata").exists() and (path / "trainer.json").exists()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
+
+
+def resume(
+    out: str | Path,
+    choice: str | None,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    args: dict[str, Any],
+    free: Sequence[str],
+    device: torch.device,
+) -> int:
+    """Load what `--resume` names into model and optimizer, sharded as they are now, and return its step.
+
+    `choice` None starts at 0; "auto" takes the newest whole checkpoint, or starts at 0 where there is none; "step-N"
+    must be whole. Raises ValueError if it is not, or was made with other flags than `args`, those in `free` excepted.
+    """
+    path = _find(Path(out), choice, device) if choice else None
+    if path is None:
+        return 0
+    record = read_record(path)
+    for key in sorted(set(record["args"]) | set(args)):
+        made, now = record["args"].get(key), args.get(key)
+        if key not in free and made != now:
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(f"{path} was made with {flag} {made}, this run has {flag} {now}")
+    state = _state(model, optimizer)
+    if record["world_size"] != fsdp.ranks()[1]:
+        state = {key: value for key, value in state.items() if not key.startswith("rng_")}
+    dcp.load(state, storage_reader=SafeReader(str(path)))
+    for name, value in state.items():
+        if name.startswith("rng_"):
+            torch.set_rng_state(value)
+    return record["step"]
+
+
+def _find(out: Path, choice: str, device: torch.device) -> Path | None:
+    """The checkpoint to resume from, the same on all ranks; rank 0 checks sizes and checksums."""
+    candidates = complete(out)
+    if choice != "auto":
+        names = ", ".join(path.name for path in candidates) or "none"
+        candidates = [path for path in candidates if path.name == choice]
+        if not candidates:
+            raise ValueError(f"no complete checkpoint at {out / choice} (complete: {names})")
+    chosen = -1
+    if fsdp.ranks()[0] == 0:
+        for index, path in enumerate(candidates):
+            damage = _damage(path)
+            if not damage:
+                chosen = index
+                break
+            print(f"warning: {path}: {damage}; passed over", file=sys.stderr, flush=True)
+    chosen = fsdp.from_rank_zero(chosen, device)
+    if chosen < 0 and choice != "auto":
+        raise ValueError(f"{candidates[0]}: damaged")
+    return candidates[chosen] if chosen >= 0 else None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """trainer.json of a checkpoint. Raises ValueError for a newer format."""
+    record = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+    if record["format"] > FORMAT:
+        raise ValueError(f"{path}: format {record['format']}, this program reads <= {FORMAT}")
+    return record
+
+
+def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
+    """Tensors only. AdamW's state is made here where no step has been taken, as its first step would make it."""
+    moments = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        moments |= {f"{name}.{key}": value for key, value in state.items()}
+    rank = fsdp.ranks()[0]
+    return {"model": dict(model.named_parameters()), "optim": moments, f"rng_{rank}": torch.get_rng_state()}
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with the files of a checkpoint, or an empty string."""
+    try:
+        files = read_record(path)["files"]
+    except (ValueError, KeyError) as error:
+        return f"trainer.json: {error}"
+    for name, (size, checksum) in files.items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _checksum(file) != checksum:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def export(model: nn.Module, tokenizer: Any, out: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """A sharded LanguageModel as a Hugging Face directory, all ranks together; `from_pretrained` loads it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)  # collective; empty on all ranks but 0
+    if fsdp.ranks()[0] == 0:
+        lm = model.lm
+        kept = {name for name, _ in lm.named_parameters()}  # a tied weight once
+        kept |= {name for name, _ in lm.named_buffers()}
+        plain = {name.removeprefix("lm."): value for name, value in state.items()}
+        _write(lm.config, lm.generation_config, {k: v for k, v in plain.items() if k in kept}, tokenizer, out, dtype)
+    fsdp.barrier()
+
+
+def _write(
+    config: Any, generation: Any, state: dict[str, Tensor], tokenizer: Any, out: str | Path, dtype: torch.dtype
+) -> None:
+    """Save a state dict under another name and rename it when complete."""
+    out = Path(out)
+    beside = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    skeleton.generation_config = generation
+    skeleton.save_pretrained(beside, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()})
+    tokenizer.save_pretrained(beside)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(beside, out)
+
+
+def _export_offline(path: Path, out: Path, dtype: torch.dtype) -> None:
+    """The same from a checkpoint on disk, in one process."""
+    source = read_record(path)["args"]["model"]
+    config = AutoConfig.from_pretrained(source)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = {"model": {f"lm.{name}": value for name, value in lm.named_parameters()}}
+    dcp.load(state, storage_reader=SafeReader(str(path)), no_dist=True)
+    _write(config, lm.generation_config, dict(lm.named_parameters()), AutoTokenizer.from_pretrained(source), out, dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("step", type=Path, help="a checkpoint, RUN/step-N")
+    parser.add_argument("out", type=Path, help="the directory to write")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    if args.step not in complete(args.step.parent) or _damage(args.step):
+        print(f"error: {args.step}: {_damage(args.step) if args.step.exists() else 'no such checkpoint'}", file=sys.stderr)
+        sys.exit(2)
+    _export_offline(args.step, args.out, getattr(torch, args.dtype))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

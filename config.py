@@ -1,0 +1,294 @@
+"""Command lines, errors and the run directory: everything around training that does not change what is trained.
+
+argparse is the only schema. A config file, given as the first argument, is turned into tokens placed before the rest
+of the command line, so that its values pass the very same checks and the command line wins.
+"""
+import argparse
+import contextlib
+import difflib
+import fcntl
+import functools
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any, Callable, Iterator, NoReturn, Sequence
+
+import torch
+
+
+def fail(where: str, what: str = "", right: str = "") -> NoReturn:
+    """One line on stderr, `error: where: what (right)`, and exit code 2. Rank 0 speaks; the others wait for the
+    launcher to end them, lest their exit ends rank 0 before it has spoken."""
+    message = ": ".join(part for part in (where, what) if part) + (f" ({right})" if right else "")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """A ValueError or OSError within is the user's mistake: one line instead of a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(str(error.filename or ""), error.strerror or str(error))
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An ArgumentParser that takes no abbreviations and whose errors are one line."""
+    made = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s [CONFIG.toml|CONFIG.json] [flags]",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.error = functools.partial(_explain, made)
+    return made
+
+
+def _explain(made: argparse.ArgumentParser, message: str) -> NoReturn:
+    found = re.search(r"unrecognized arguments: (\S+)", message)
+    near = difflib.get_close_matches(found[1].split("=")[0], _options(made), 1) if found else []
+    fail(message.removeprefix("argument "), right=f"did you mean {near[0]}?" if near else "")
+
+
+def _options(made: argparse.ArgumentParser) -> list[str]:
+    return [option for action in made._actions for option in action.option_strings]
+
+
+def positive(text: str) -> float:
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
+    return value
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {text}")
+    return value
+
+
+def count(text: str, least: int = 1) -> int:
+    if not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be >= {least}, got {text}")
+    return int(text)
+
+
+def count_or_zero(text: str) -> int:
+    return count(text, 0)
+
+
+def boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text == "true"
+
+
+def add_run_flags(made: argparse.ArgumentParser) -> None:
+    """Flags that do not change training: where it is written, how often, and how it goes on."""
+    group = made.add_argument_group("run")
+    group.add_argument("--out", required=True, help="run directory; logs, checkpoints and final/ go there")
+    group.add_argument("--resume", default=None, metavar="auto|step-N", help="auto: the newest complete checkpoint, if any")
+    group.add_argument("--save-every", type=count_or_zero, default=0, help="optimiser steps between checkpoints; 0: none")
+    group.add_argument("--keep-last", type=functools.partial(count, least=2), default=2, help="checkpoints kept")
+    group.add_argument("--log-every", type=count, default=1, help="optimiser steps between progress lines")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--trust-remote-code", type=boolean, default=False, metavar="true|false")
+
+
+# What a resumed run may change: where and how often it writes, how long and how fast it goes on.
+FREE_FLAGS = (
+    "out", "resume", "save_every", "keep_last", "log_every", "device", "trust_remote_code", "tokens_per_microbatch",
+    "eval_data", "eval_every", "eval_examples", "epochs", "steps", "lr", "warmup_steps", "max_grad_norm",
+    "activation_checkpointing",
+)  # fmt: skip
+
+
+def add_hyperparameters(made: argparse.ArgumentParser, functions: dict[str, Callable], title: str) -> None:
+    """A flag for every keyword-only parameter of the functions; one that is not given keeps its function's default."""
+    group = made.add_argument_group(title)
+    takers = {}
+    for name, function in functions.items():
+        for parameter in _hyperparameters(function):
+            takers.setdefault(parameter.name, []).append((name, parameter.default))
+    for key, found in takers.items():
+        sample = found[0][1]
+        kind = {bool: boolean, float: number}.get(type(sample), type(sample))
+        which = ", ".join(f"{name} {default}" for name, default in found)
+        group.add_argument(f"--{key.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=f"of {which}")
+
+
+def hyperparameters(args: argparse.Namespace, owners: dict[str, Callable], functions: Sequence[Callable]) -> list[dict]:
+    """The given hyper-parameters of each owner, {"--loss dpo": losses.dpo}; fails for one that no owner takes.
+    `functions` are all that could have been chosen: their flags exist."""
+    taken = [{p.name: getattr(args, p.name, p.default) for p in _hyperparameters(f)} for f in owners.values()]
+    existing = {parameter.name for function in functions for parameter in _hyperparameters(function)}
+    for key in sorted(existing & set(vars(args))):
+        if not any(key in values for values in taken):
+            flags = [f"--{name.replace('_', '-')}" for values in taken for name in values]
+            fail(f"{' '.join(owners)} takes no --{key.replace('_', '-')}", right=f"it takes {', '.join(flags) or 'none'}")
+    return taken
+
+
+def _hyperparameters(function: Callable) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def positional(function: Callable) -> list[str]:
+    """The names of the statistics a loss asks for."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+
+
+def functions_returning(module: Any, record: type) -> dict[str, Callable]:
+    """The public functions of a module annotated `-> record`, by name: what a flag may choose from."""
+    members = inspect.getmembers(module, inspect.isfunction)
+    return {name: f for name, f in members if not name.startswith("_") and f.__annotations__.get("return") is record}
+
+
+def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line whose first argument may be a .toml or .json file of flags."""
+    tokens = list(argv)
+    if tokens and tokens[0].endswith((".toml", ".json")) and not tokens[0].startswith("-"):
+        tokens = _tokens(made, Path(tokens[0])) + tokens[1:]
+    return made.parse_args(tokens)
+
+
+def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
+    if not path.is_file():
+        fail(str(path), "no such file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        fail(str(path), f"not {path.suffix[1:].upper()}: {error}")
+    if not isinstance(values, dict):
+        fail(str(path), "must be one object of flags")
+    tokens = []
+    options = _options(made)
+    for key, value in values.items():
+        flag = f"--{key.replace('_', '-')}"
+        line = next((i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\W*{re.escape(key)}\b", row)), 1)
+        if flag not in options or flag == "--help":
+            near = difflib.get_close_matches(flag, options, 1)
+            fail(f"{path}:{line}", f'unknown key "{key}"', f"did you mean {near[0][2:]}?" if near else "")
+        if not isinstance(value, (bool, int, float, str)):
+            fail(f"{path}:{line}", f'"{key}" must be a string, a number or a boolean, got {json.dumps(value, default=str)}')
+        tokens.append(f"{flag}={str(value).lower() if isinstance(value, bool) else value}")
+    return tokens
+
+
+# ---- the run directory -----------------------------------------------------------------------------------------------
+
+
+def check_run(args: argparse.Namespace) -> None:
+    """Fail before any work if the run directory holds a run and --resume is not given; end with exit code 0 if that
+    run is finished."""
+    out = Path(args.out)
+    held = [path.name for pattern in ("step-*", "final") for path in out.glob(pattern)]
+    if held and args.resume is None:
+        fail(f"{out} already holds {held[-1]}", right="pass --resume auto or another --out")
+    if "final" in held:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{out}/final is there: nothing to do")
+        sys.exit(0)
+
+
+def open_run(args: argparse.Namespace, rank: int) -> Any:
+    """Take the run directory: created, locked by rank 0 as long as the returned file lives, args.json written.
+
+    Fails if it cannot be written or another run holds it.
+    """
+    if rank != 0:
+        return None
+    out = Path(args.out)
+    with user_errors():
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(str(out), "in use by another run", "choose another --out")
+    write_json(out / "args.json", {key: value for key, value in vars(args).items() if value is not None})
+    return lock
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a complete one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def log_row(out: str | Path, row: dict[str, Any]) -> None:
+    """Append one line to metrics.jsonl; a number that is not finite becomes the string JSON has no number for."""
+    plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(plain) + "\n")
+
+
+def rewind_log(out: str | Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl that a run resumed at `step` will write again."""
+    path = Path(out) / "metrics.jsonl"
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # a last line cut by a kill
+            kept += [line] * (json.loads(line)["step"] < step)
+    beside = path.with_name(".metrics.tmp")
+    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def progress(row: dict[str, Any], total: int) -> str:
+    """The console's one line per step, from a row of metrics.jsonl."""
+    parts = [f"{row['split']} step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
+    named = {
+        "acc": ("rewards/accuracies", "logps/accuracies"), "margin": ("rewards/margins", "logps/margins"),
+        "kl": ("kl/chosen",), "risk": ("risk/chosen",),
+    }  # fmt: skip
+    for label, keys in named.items():
+        parts += [f"{label} {row[key]:.4g}" for key in keys if key in row]
+    if row["split"] == "train":
+        parts.append(f"lr {row['lr']:.2e}")
+        parts.append(f"gnorm {row['grad_norm']:.3g}")
+        eta = int(row["step_s"] * (total - row["step"] - 1))
+        parts.append(f"{row['tok_per_s']:,.0f} tok/s | {row['step_s']:.2f} s/it | mem {row['mem_gb']:.2f}G")
+        parts.append(f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
+    return " | ".join(parts)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory in GB: of the GPU where there is one, else the resident set of the whole process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
