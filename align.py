@@ -176,7 +176,7 @@ def evaluate(
         out, stats = forward(objective, policy, reference, pack, frozen)
         tallies.append(tally(out, stats, pack))
     policy.reshard()  # no backward will, and the next forward must gather what the optimiser writes until then
-    return {"split": "eval", "pairs": len(examples), **mean_over_ranks(tallies, len(examples))}
+    return {"split": "eval", "pairs": len(examples), **fsdp.mean_over_ranks(tallies, len(examples))}
 
 
 def tally(out: losses.Loss, stats: dict[str, Tensor | None], pack: data.Pack) -> dict[str, Tensor]:
@@ -195,27 +195,12 @@ def tally(out: losses.Loss, stats: dict[str, Tensor | None], pack: data.Pack) ->
     return {name: value.detach().double() for name, value in sums.items()}
 
 
-def mean_over_ranks(tallies: list[dict[str, Tensor]], pairs: int) -> dict[str, float]:
-    """The tallies of all micro-batches of all ranks, divided by the pairs of all ranks."""
-    sums = torch.stack([torch.stack(list(sums.values())) for sums in tallies]).sum(0)  # (metrics,)
-    means = fsdp.sum_over_ranks(sums) / pairs
-    return dict(zip(tallies[0], means.tolist()))
-
-
 def check_start(stats: dict[str, Tensor | None]) -> None:
     """Policy and reference have the same weights and saw the same pack: not one bit may differ."""
     drifts = [stats["policy_logps"] - stats["ref_logps"], stats["kl"], stats["risk"]]
     worst = max(drift.detach().abs().max().item() for drift in drifts if drift is not None)
     if worst != 0:
         raise RuntimeError(f"policy and reference have the same weights but differ by {worst:.1e} nats at step 0")
-
-
-def write_row(args: argparse.Namespace, rank: int, total: int, row: dict[str, Any]) -> None:
-    if rank == 0:
-        row |= {"time": time.time(), "mem_gb": config.peak_memory_gb()}
-        config.log_row(args.out, row)
-        if row["split"] == "eval" or row["step"] % args.log_every == 0 or row["step"] == total - 1:
-            print(config.progress(row, total), flush=True)
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
@@ -276,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            write_row(args, rank, total, evaluate(objective, policy, reference, evaluated, args, device) | {"step": step})
+            config.write_row(args, rank, total, evaluate(objective, policy, reference, evaluated, args, device) | {"step": step})
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last)
 
@@ -293,10 +278,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if step == 0 and same_weights:
                 check_start(stats)
             # FSDP averages over ranks; the sum over all pairs of the step is divided by their number
-            ((out.losses * pack.pair_weights).sum() * (world_size / len(counted))).backward()
+            ((out.losses @ pack.pair_weights) * (world_size / len(counted))).backward()
             tallies.append(tally(out, stats, pack))
 
-        row = mean_over_ranks(tallies, len(counted))
+        row = fsdp.mean_over_ranks(tallies, len(counted))
         row["grad_norm"] = fsdp.clip_gradients(policy, args.max_grad_norm)
         if not math.isfinite(row["grad_norm"] + row["loss"]):
             config.fail(f"step {step}", f"loss {row['loss']}, gradient norm {row['grad_norm']}", "weights left as they were")
@@ -307,11 +292,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = time.perf_counter() - began
         row |= {"split": "train", "step": step, "epoch": step / steps_per_epoch, "pairs": len(counted), "tokens": tokens}
         row |= {"lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "tok_per_s": tokens / seconds}
-        write_row(args, rank, total, row | {"pairs_per_s": len(counted) / seconds})
+        config.write_row(args, rank, total, row | {"pairs_per_s": len(counted) / seconds})
 
     if evaluated:
         row = evaluate(objective, policy, reference, evaluated, args, device)
-        write_row(args, rank, total, row | {"step": total})
+        config.write_row(args, rank, total, row | {"step": total})
     if total > 0:
         if args.save_every:
             checkpoint.save(args.out, total, policy, optimizer, vars(args), args.keep_last)

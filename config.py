@@ -254,6 +254,15 @@ def log_row(out: str | Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(plain) + "\n")
 
 
+def write_row(args: argparse.Namespace, rank: int, total: int, row: dict[str, Any]) -> None:
+    """Rank 0 logs a row and, every --log-every steps, prints it."""
+    if rank == 0:
+        row = {**row, "time": time.time(), "mem_gb": peak_memory_gb()}
+        log_row(args.out, row)
+        if row["split"] == "eval" or row["step"] % args.log_every == 0 or row["step"] == total - 1:
+            print(progress(row, total), flush=True)
+
+
 def rewind_log(out: str | Path, step: int) -> None:
     """Drop the rows of metrics.jsonl that a run resumed at `step` will write again."""
     path = Path(out) / "metrics.jsonl"

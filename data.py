@@ -540,6 +540,12 @@ def pack(groups: Sequence[Encoded], counted: bool = True) -> Pack:
     )
 
 
+def best_completion(example: Example) -> Example:
+    """The example with its highest-scored completion alone, for supervised fine-tuning."""
+    best = max(range(len(example.scores)), key=lambda index: example.scores[index])
+    return example._replace(completions=[example.completions[best]], scores=[example.scores[best]])
+
+
 def best_and_worst(scores: Sequence[float]) -> tuple[int, int] | None:
     """Indices of the highest and the lowest score, or None where no completion is better than another."""
     order = sorted(range(len(scores)), key=lambda index: -scores[index])

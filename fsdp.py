@@ -55,10 +55,12 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, dev
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, in place."""
-    dist.all_reduce(values)
-    return values
+def mean_over_ranks(tallies: list[dict[str, Tensor]], units: int) -> dict[str, float]:
+    """Sums of each micro-batch of this rank -> means over the `units` of all micro-batches of all ranks, by one
+    all_reduce of fixed size. Every rank has at least one micro-batch and the same names in the same order."""
+    sums = torch.stack([torch.stack(list(sums.values())) for sums in tallies]).sum(0)  # (metrics,)
+    dist.all_reduce(sums)
+    return dict(zip(tallies[0], (sums / units).tolist()))
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

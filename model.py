@@ -91,7 +91,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         raise ValueError(f"{path}: no tokenizer ({str(error).strip().splitlines()[0]})") from error
 
 
-def check_vocabulary(tokenizer: Any, policy: LanguageModel, reference: LanguageModel | None) -> None:
+def check_vocabulary(tokenizer: Any, policy: LanguageModel, reference: LanguageModel | None = None) -> None:
     """Raises ValueError for a tokenizer with more ids than the embedding, or two models over different vocabularies."""
     size = policy.head.weight.shape[0]
     if len(tokenizer) > size:
