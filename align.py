@@ -253,7 +253,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     same_weights = objective.has_reference and args.reference in (None, args.model)
 
     for step in range(start, total):
-        began = time.perf_counter()
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or step == start:
             # every rank has the same plan: each optimiser step's groups, rank by rank, micro-batch by micro-batch
@@ -265,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last)
 
+        began = time.perf_counter()
         works = plan[index][rank]
         counted = [group for share in plan[index] for work in share if work.counted for group in work.groups]
         packs = [data.pack([train[group] for group in work.groups], work.counted).to(device) for work in works]

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 import attention
 import vocab
 
+transformers_logging.disable_progress_bar()
 CHECK_TOLERANCE = 2e-3  # nats, fp32: packed against plain log-probabilities of a random model or a trained one
 
 

@@ -139,7 +139,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} processes, {device.type}")
 
     for step in range(start, total):
-        began = time.perf_counter()
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or step == start:
             # every rank has the same plan: each optimiser step's groups, rank by rank, micro-batch by micro-batch
@@ -151,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last)
 
+        began = time.perf_counter()
         works = plan[index][rank]
         counted = [group for share in plan[index] for work in share if work.counted for group in work.groups]
         packs = [data.pack([train[group] for group in work.groups], work.counted).to(device) for work in works]

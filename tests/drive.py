@@ -1,0 +1,55 @@
+"""Runs training jobs with the real scripts, several in one process group, and keeps what a run does not write.
+
+    python tests/drive.py JOBS.json          torchrun --nproc-per-node 2 tests/drive.py JOBS.json
+
+A job is {"script", "argv", "mutation": [old, new] or null}. The script's source is executed as it stands, or with one
+line replaced: the mutation that must turn a test red. Into the run directory goes gradients.pt, the whole gradients of
+every optimiser step before clipping, from rank 0.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+
+import fsdp  # noqa: E402
+
+clip_gradients = fsdp.clip_gradients
+
+
+def run(job: dict) -> None:
+    gradients = []
+
+    def record(model, max_norm):
+        whole = {}
+        for name, parameter in model.named_parameters():
+            grad = parameter.grad
+            whole[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        gradients.append(whole)
+        return clip_gradients(model, max_norm)
+
+    fsdp.clip_gradients = record
+    source = (ROOT / job["script"]).read_text(encoding="utf-8")
+    if job.get("mutation"):
+        old, new = job["mutation"]
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {job['script']}"
+        source = source.replace(old, new)
+    names = {"__name__": "driven", "__file__": str(ROOT / job["script"])}
+    exec(compile(source, job["script"], "exec"), names)
+    names["main"](job["argv"])
+    out = Path(job["argv"][job["argv"].index("--out") + 1])
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(gradients, out / "gradients.pt")
+    assert not dist.is_initialized()
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        run(job)
