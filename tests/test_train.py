@@ -21,9 +21,9 @@ PAIRS = 13  # with 5 a step: 5, 5, 3, 5, 5, and no micro-batch or rank gets the 
 BATCH = 5
 LR = 1e-3
 EPS = 1e-6
-CLIP = 0.5  # below the gradient norms, so that the clip is part of what must agree
-BETA = 0.5
-BUDGETS = {"one": 100_000, "several": 700, "single": 50}  # tokens per micro-batch: all, some, one group each
+CLIP = 0.05  # below the gradient norms, so that the clip is part of what must agree
+BETA = 0.1
+BUDGETS = {"one": 100_000, "several": 200, "single": 50}  # tokens per micro-batch: all, some, one group each
 KINDS = {
     "dpo": ["--loss", "dpo", "--beta", str(BETA)],
     "ra_dpo1": ["--loss", "ra_dpo1", "--risk", "cvar", "--confidence-level", "0.9", "--beta", str(BETA)],
@@ -59,9 +59,9 @@ def launch(base: Path, jobs: list[dict], processes: int) -> None:
     path.write_text(json.dumps(jobs), encoding="utf-8")
     command = [sys.executable, "tests/drive.py", str(path)]
     if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else "2"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -72,7 +72,7 @@ def base(tmp_path_factory) -> Path:
     tiny = ROOT / "examples" / "tiny"
     settings = json.loads((tiny / "config.json").read_text())
     settings |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    settings |= {"head_dim": 8, "intermediate_size": 48, "initializer_range": 0.2}
+    settings |= {"head_dim": 8, "intermediate_size": 48, "initializer_range": 0.1}
     shutil.copytree(tiny, base / "tiny")
     (base / "tiny" / "config.json").write_text(json.dumps(settings))
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -103,12 +103,12 @@ def runs(base) -> Path:
                 more = ["--tokens-per-microbatch", str(budget)]
                 jobs.append({"script": script(kind), "argv": arguments(kind, base, out, *more)})
             out = base / f"{kind}-{processes}-ten"
-            more = ["--steps", "10", "--save-every", "5", "--tokens-per-microbatch", "700"]
+            more = ["--steps", "10", "--save-every", "5", "--tokens-per-microbatch", "200"]
             more += ["--eval-data", str(base / "test.jsonl"), "--eval-every", "5"]
             jobs.append({"script": script(kind), "argv": arguments(kind, base, out, *more)})
         for index, (kind, old, new) in enumerate(MUTATIONS.values()):
             out = base / f"mutant{index}-{processes}"
-            more = ["--tokens-per-microbatch", "700", "--steps", "1"]
+            more = ["--tokens-per-microbatch", "200", "--steps", "1"]
             jobs.append({"script": script(kind), "argv": arguments(kind, base, out, *more), "mutation": [old, new]})
         launch(base, jobs, processes)
         jobs = []
@@ -117,7 +117,7 @@ def runs(base) -> Path:
             out.mkdir()
             shutil.copytree(done / "step-5", out / "step-5")
             shutil.copy(done / "metrics.jsonl", out / "metrics.jsonl")
-            more = ["--steps", "10", "--save-every", "5", "--tokens-per-microbatch", "700", "--resume", "auto"]
+            more = ["--steps", "10", "--save-every", "5", "--tokens-per-microbatch", "200", "--resume", "auto"]
             more += ["--eval-data", str(base / "test.jsonl"), "--eval-every", "5"]
             jobs.append({"script": script(kind), "argv": arguments(kind, base, out, *more)})
         launch(base, jobs, processes)
@@ -205,18 +205,19 @@ def oracle(base) -> dict:
     return found
 
 
-def disagreement(run: Path, truth: tuple) -> float:
-    """The largest relative difference of gradient (per tensor), loss or norm, floor 1e-7, over the steps of a run."""
+def disagreement(run: Path, truth: tuple) -> tuple[float, float]:
+    """Largest relative differences, floor 1e-7: of the first step's gradients per tensor and of every loss and norm;
+    and of the later gradients, which AdamW's division by small second moments has made less alike."""
     losses, norms, gradients, _ = truth
-    worst = 0.0
+    worst = [0.0, 0.0]
     recorded = torch.load(run / "gradients.pt")
     for step, row in enumerate(rows(run)):
-        worst = max(worst, abs(row["loss"] - losses[step]) / losses[step])
-        worst = max(worst, abs(row["grad_norm"] - norms[step]) / norms[step])
+        worst[0] = max(worst[0], abs(row["loss"] / losses[step] - 1), abs(row["grad_norm"] / norms[step] - 1))
         assert recorded[step].keys() == gradients[step].keys()
         for name, want in gradients[step].items():
-            worst = max(worst, ((recorded[step][name] - want).norm() / want.norm().clamp(min=1e-7)).item())
-    return worst
+            difference = (recorded[step][name] - want).norm() / want.norm().clamp(min=1e-7)
+            worst[step > 0] = max(worst[step > 0], difference.item())
+    return tuple(worst)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -226,7 +227,9 @@ def test_gradients_losses_and_parameters_are_those_of_plain_training(runs, oracl
     run = runs / f"{kind}-{processes}-{budget}"
     assert len(rows(run)) == STEPS
     assert min(row["grad_norm"] for row in rows(run)) > CLIP
-    assert disagreement(run, oracle[kind]) < 1e-5
+    first_step, later = disagreement(run, oracle[kind])
+    assert first_step < 1e-5
+    assert later < 1e-4
     got = load_file(run / "final" / "model.safetensors")
     for name, want in oracle[kind][3].items():
         assert (got[name] - want).abs().max() < 5e-5, name  # of steps of 1e-3 each
@@ -238,7 +241,9 @@ def test_ranks_and_microbatches_change_nothing(runs, kind):
     truth = ([r["loss"] for r in rows(first)], [r["grad_norm"] for r in rows(first)], torch.load(first / "gradients.pt"), {})
     for processes in (1, 2):
         for budget in BUDGETS:
-            assert disagreement(runs / f"{kind}-{processes}-{budget}", truth) < 1e-5
+            first_step, later = disagreement(runs / f"{kind}-{processes}-{budget}", truth)
+            assert first_step < 1e-5
+            assert later < 1e-4
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -247,7 +252,7 @@ def test_a_wrong_normalisation_is_seen(runs, oracle, mutation, processes):
     index = list(MUTATIONS).index(mutation)
     if processes == 1 and "per rank" in mutation:
         pytest.skip("one rank has the mean of all")
-    assert disagreement(runs / f"mutant{index}-{processes}", oracle[MUTATIONS[mutation][0]]) > 1e-3
+    assert disagreement(runs / f"mutant{index}-{processes}", oracle[MUTATIONS[mutation][0]])[0] > 1e-3
 
 
 @pytest.mark.parametrize("processes", [1, 2])
