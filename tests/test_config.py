@@ -56,7 +56,7 @@ def command(root, out, *extra):
 def finished(root):
     """(run directory, command line, stdout) of a run of two steps with a checkpoint after each."""
     argv = command(root, root / "run", "--steps", "2", "--save-every", "1", "--loss", "ra_dpo2")
-    argv += ["--risk", "erm", "--risk-aversion", "0.5", "--alpha", "0.25", "--lr", "1e-3"]
+    argv += ["--risk", "published", "--split", "false", "--alpha", "0.25", "--lr", "1e-3"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert exit_code(align.main, argv) is None
     return root / "run", argv, out.getvalue()
@@ -295,13 +295,13 @@ def test_shipped_configs_parse():
         assert script is sft or align.make_objective(args)
 
 
-def test_args_json_reproduces_the_run(finished, tmp_path):
+def test_args_json_reproduces_the_run(finished, root, tmp_path):
     # red: "false" made bool("false") by add_hyperparameters.
-    assert align.parse_args([str(finished[0] / "args.json")]) == align.parse_args(finished[1])
-    argv = [*REQUIRED, "--out", str(tmp_path), "--loss", "ra_dpo1", "--risk", "published", "--split", "false"]
-    args = align.parse_args(argv)
-    config.open_run(args, 0).close()
-    assert align.parse_args([str(tmp_path / "args.json")]) == args and args.split is False
+    args = align.parse_args([str(finished[0] / "args.json")])
+    assert args == align.parse_args(finished[1]) and args.split is False
+    argv = command(root, tmp_path / "run", "--steps", "0", "--trust-remote-code", "true")
+    assert exit_code(sft.main, argv) is None
+    assert sft.parse_args([str(tmp_path / "run" / "args.json")]) == sft.parse_args(argv)
 
 
 def test_free_flags_are_flags():
@@ -344,6 +344,6 @@ def test_resumed_log_has_every_step_once(finished, tmp_path):
 def test_progress_line(finished):
     number = r"-?\d\S*"
     parts = ["train step 0/2", r"loss 0\.6931", r"acc 0\.5", "margin 0", "kl 0", "risk 0", f"lr {number}"]
-    parts += [f"gnorm {number}", r"[\d,]+ tok/s", f"{number} s/it", r"mem \d\.\d\dG", r"eta \d+:\d\d:\d\d"]
+    parts += [f"gnorm {number}", r"[\d,]+ tok/s", f"{number} s/it", r"mem \d+\.\d\dG", r"eta \d+:\d\d:\d\d"]
     lines = [line for line in finished[2].splitlines() if line.startswith("train step")]
     assert len(lines) == 2 and re.fullmatch(r" \| ".join(parts), lines[0]), lines

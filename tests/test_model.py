@@ -40,6 +40,15 @@ ROW = types.SimpleNamespace(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other make tiny products ten times slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def save(where, config=None, seed=0):
     """A random model of a configuration as a directory: a Llama unless told otherwise. Returns the path."""
     torch.manual_seed(seed)
@@ -116,7 +125,8 @@ def test_misshapen_weights(tmp_path):
 def test_damaged_weights(tmp_path, content):
     path = save(tmp_path)
     file = tmp_path / "model.safetensors"
-    file.write_bytes({"cut": file.read_bytes()[:-50], "empty": b"", "text": b"version https://git-lfs"}[content])
+    damaged = {"cut": file.read_bytes()[:-50], "empty": b"", "text": b"version https://git-lfs.github.com"}
+    file.write_bytes(damaged[content])
     refusal(path)
 
 
@@ -167,10 +177,10 @@ def test_the_vocabulary(tmp_path):
     small, exact, padded = (load(save(tmp_path / str(config.vocab_size), config)) for config in configs)
     model.check_vocabulary(tokenizer, exact)
     model.check_vocabulary(tokenizer, padded, padded)
-    for arguments, words in [((small,), ["8192", "8191"]), ((exact, padded), ["--reference", "8197", "8192"])]:
-        with pytest.raises(ValueError) as caught:
-            model.check_vocabulary(tokenizer, *arguments)
-        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
+    with pytest.raises(ValueError, match="^tokenizer has 8192 ids, the embedding 8191.*$"):
+        model.check_vocabulary(tokenizer, small)
+    with pytest.raises(ValueError, match="^--reference has vocabulary 8197, the policy 8192.*$"):
+        model.check_vocabulary(tokenizer, exact, padded)
 
 
 def test_no_tokenizer(tmp_path):
@@ -186,7 +196,7 @@ def test_no_tokenizer(tmp_path):
 MUTANTS = {
     "scaled head": lambda logits: 1.05 * logits,
     "bent head": lambda logits: logits + 0.1 * logits.tanh(),
-    "siblings": lambda groups, real=attention.layout: real([(prompt, [sum(rest)]) for prompt, rest in groups]),
+    "siblings": lambda groups, real=attention.layout: real([(prompt, [sum(ks)]) for prompt, ks in groups]),
     "positions": lambda self, ids, positions, *rest, real=model.LanguageModel.forward: real(
         self, ids, torch.arange(ids.shape[1])[None], *rest
     ),
@@ -207,7 +217,7 @@ def test_what_the_load_check_sees(tmp_path, monkeypatch, change, weights):
     def with_another_head(*args, **kwargs):
         made = real(*args, **kwargs)
         lm = made if weights == "random" else made[0]
-        lm.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: MUTANTS[change](logits))
+        lm.get_output_embeddings().register_forward_hook(lambda _, inputs, logits: MUTANTS[change](logits))
         return made
 
     if change == "nothing wrong":
@@ -225,12 +235,12 @@ def test_what_the_load_check_sees(tmp_path, monkeypatch, change, weights):
 MOE = {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
 OUTSIDE = {
     "falcon": lambda: hf.FalconConfig(**SIZES),
-    "mpt": lambda: hf.MptConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4),
-    "gpt-j": lambda: hf.GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+    "mpt": lambda: hf.MptConfig(**SIZES),
+    "gpt-j": lambda: hf.GPTJConfig(**COMMON, rotary_dim=4),
     "gpt-oss": lambda: hf.GptOssConfig(**LLAMA, **MOE, head_dim=8),  # attention sinks
     "bloom": lambda: hf.BloomConfig(vocab_size=1000, hidden_size=64, n_layer=2, n_head=4),
     # applies its window in the mask alone, which packed attention does not get
-    "phi-moe": lambda: hf.PhimoeConfig(**LLAMA, **MOE, sliding_window=16),
+    "phi-moe": lambda: hf.PhimoeConfig(**LLAMA, **MOE, sliding_window=16, router_jitter_noise=0.0),
 }
 
 
@@ -244,7 +254,7 @@ def test_attention_that_cannot_be_packed_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout_is_off_in_training_mode(tmp_path, name):
-    # red: _disable_dropout without `isinstance(module, nn.Dropout)` (gpt2) or `"dropout" in name` (opt); lm.eval()
+    # red: _disable_dropout without nn.Dropout (gpt2) or `"dropout" in name` (opt); lm.eval()
     loaded = load(save(tmp_path, DROPOUT[name]()))
     assert all(module.training for module in loaded.modules())
     dropouts = [module for module in loaded.modules() if isinstance(module, nn.Dropout)]
@@ -284,11 +294,6 @@ def test_random_weights_are_a_function_of_the_seed():
     assert all(map(torch.equal, first, again))
     assert not any(map(torch.equal, first[:1], other[:1]))
     assert 0.019 < first[0].std() < 0.021  # transformers' own initialisation: initializer_range
-
-
-def test_random_weights_ignore_those_in_the_directory(tmp_path):
-    path = save(tmp_path)
-    assert not torch.equal(load(path).head.weight, load(path, weights="random", seed=1).head.weight)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

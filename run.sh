@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# The one entry point of a fresh machine with Python 3.11: `bash run.sh help` lists the modes.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+PYTHON=${PYTHON:-python3.11}
+NPROC=${NPROC:-1}
+RUNS=${RUNS:-runs/demo}
+
+usage() {
+    cat <<'TEXT'
+bash run.sh            set up, then the demo: SFT of a tiny model, then dpo, tdpo1, ra_dpo1 and ra_dpo2 from it, on the
+                       bundled Anthropic HH sample; ends with a table and a figure. Finished stages are skipped.
+bash run.sh test       set up, then the test suite; further arguments go to pytest
+bash run.sh setup      only make .venv and install requirements.txt
+bash run.sh step       the time and memory of one step on SmolLM2-135M: bench/step.py (fetches the model, 93 MB)
+bash run.sh exact      the errors of logp, kl and cvar against fp64 on SmolLM2-135M: bench/exact.py
+bash run.sh help       this text
+
+NPROC=2 bash run.sh    two processes through torchrun       RUNS=DIR bash run.sh   another place for the demo's runs
+PYTHON=python3.12      another interpreter for .venv
+TEXT
+}
+
+setup() {
+    if [ ! -x .venv/bin/python ]; then
+        command -v "$PYTHON" >/dev/null || PYTHON=python3
+        "$PYTHON" -m venv .venv
+    fi
+    if ! cmp -s requirements.txt .venv/installed.txt; then
+        echo "installing requirements.txt into .venv"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+        if command -v nvidia-smi >/dev/null && ! .venv/bin/python -m pip install --quiet flash-attn --no-build-isolation; then
+            echo "flash-attn could not be installed; torch's own variable-length attention is used instead"
+        fi
+        cp requirements.txt .venv/installed.txt
+    fi
+}
+
+# launch SCRIPT ARGS...: python, or torchrun for NPROC > 1
+launch() {
+    if [ "$NPROC" -gt 1 ]; then
+        .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$@"
+    else
+        .venv/bin/python "$@"
+    fi
+}
+
+demo() {
+    local loss
+    launch sft.py configs/demo_sft.toml --out "$RUNS/sft" --resume auto
+    for loss in dpo tdpo1 ra_dpo1 ra_dpo2; do
+        launch align.py configs/demo.toml --loss "$loss" --model "$RUNS/sft/final" --out "$RUNS/$loss" --resume auto
+    done
+    .venv/bin/python plot.py "$RUNS"/{dpo,tdpo1,ra_dpo1,ra_dpo2} --out "$RUNS/comparison.png"
+}
+
+smollm2() {
+    .venv/bin/python -c "import gguf" 2>/dev/null || .venv/bin/python -m pip install --quiet gguf
+    .venv/bin/python examples/get_smollm2.py models/smollm2
+}
+
+mode=${1:-demo}
+[ $# -gt 0 ] && shift
+case "$mode" in
+    help | -h | --help) usage ;;
+    setup) setup ;;
+    demo) setup && demo ;;
+    test) setup && OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} .venv/bin/python -m pytest -q "$@" ;;
+    step) setup && smollm2 && .venv/bin/python bench/step.py --model models/smollm2 "$@" ;;
+    exact) setup && smollm2 && .venv/bin/python bench/exact.py --model models/smollm2 "$@" ;;
+    *)
+        echo "error: run.sh: no mode '$mode' (bash run.sh help lists them)" >&2
+        exit 2
+        ;;
+esac
