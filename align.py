@@ -1,14 +1,17 @@
 """Align a language model from preferences with any pair loss of losses.py.
 
     python align.py configs/hh_smollm2_dpo.toml --beta 0.2
-    torchrun --nproc-per-node 2 align.py --model runs/sft/final --data hh --loss ra_dpo1 --risk cvar --out runs/ra
+    torchrun --nproc-per-node 2 align.py --model runs/sft/final --data hh --loss ra_dpo1 --risk cvar --out
+    runs/ra
 
-One optimiser step, top to bottom: plan -> pack -> (A) the reference's hidden states, frozen -> (B) the policy's hidden
-states, the head in chunks, the loss, backward, per micro-batch -> clip -> AdamW -> log. The sum of the per-pair losses
-is divided by the number of pairs of the whole step, so nothing depends on ranks, micro-batches or packing.
+One optimiser step, top to bottom: plan -> pack -> (A) the reference's hidden states, frozen -> (B) the
+policy's hidden states, the head in chunks, the loss, backward, per micro-batch -> clip -> AdamW -> log. The
+sum of the per-pair losses is divided by the number of pairs of the whole step, so nothing depends on ranks,
+micro-batches or packing.
 
 Left out: unary losses, PPO, LoRA, cached references, generation during training.
 """
+
 import argparse
 import functools
 import inspect
@@ -39,26 +42,60 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = made.add_argument
     add("--model", required=True, help="policy to start from: a directory or a hub name")
     add("--reference", default=None, help="frozen reference model; None: the policy's start")
-    add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json and --seed")
+    add(
+        "--weights",
+        choices=("pretrained", "random"),
+        default="pretrained",
+        help="random: from config.json and --seed",
+    )
     add("--data", required=True, help="hh, NAME=DIR, or a .jsonl or .json file of pairs")
-    add("--eval-data", default=None, help="held-out pairs; None: the test split of a named --data, else no evaluation")
+    add(
+        "--eval-data",
+        default=None,
+        help="held-out pairs; None: the test split of a named --data, else no evaluation",
+    )
     add("--chat-template", default=None, help="plain, raw or a file; None: the tokenizer's own, else plain")
     add("--loss", choices=LOSSES, default="dpo")
-    add("--risk", choices=RISKS, default=None, help="measure of the losses that take one; None: cvar for those")
+    add(
+        "--risk",
+        choices=RISKS,
+        default=None,
+        help="measure of the losses that take one; None: cvar for those",
+    )
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
     add("--max-prompt-length", type=config.count, default=None, help="tokens; None: half of --max-length")
     add("--batch-size", type=config.count, default=16, help="pairs of one optimiser step, over all ranks")
-    add("--tokens-per-microbatch", type=config.count, default=4096, help="tokens a rank packs at a time; memory only")
+    add(
+        "--tokens-per-microbatch",
+        type=config.count,
+        default=4096,
+        help="tokens a rank packs at a time; memory only",
+    )
     add("--epochs", type=config.count, default=1)
-    add("--steps", type=config.count_or_zero, default=None, help="optimiser steps instead of --epochs; 0 only evaluates")
+    add(
+        "--steps",
+        type=config.count_or_zero,
+        default=None,
+        help="optimiser steps instead of --epochs; 0 only evaluates",
+    )
     add("--lr", type=config.positive, default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-steps", type=config.count_or_zero, default=150, help="linear from 0; then a cosine to 0")
     add("--weight-decay", type=config.not_negative, default=0.0)
     add("--adam-eps", type=config.positive, default=1e-8)
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over the step's pairs")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; master weights are fp32")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the body; master weights are fp32",
+    )
     add("--activation-checkpointing", choices=("none", "full"), default="full")
-    add("--eval-every", type=config.count_or_zero, default=100, help="optimiser steps; 0: only at the start and the end")
+    add(
+        "--eval-every",
+        type=config.count_or_zero,
+        default=100,
+        help="optimiser steps; 0: only at the start and the end",
+    )
     add("--eval-examples", type=config.count, default=256, help="held-out pairs, the same ones every time")
     add("--seed", type=config.count_or_zero, default=0)
     config.add_run_flags(made)
@@ -117,7 +154,8 @@ def make_objective(args: argparse.Namespace) -> Objective:
 
 
 def dry_run(objective: Objective, example: data.Encoded) -> None:
-    """The loss and the measure on one pair of made-up statistics, before any model is loaded. Raises ValueError."""
+    """The loss and the measure on one pair of made-up statistics, before any model is loaded. Raises
+    ValueError."""
     pack = data.pack([example])
     ones = torch.ones(len(pack.targets))
     if objective.measure is not None:
@@ -134,8 +172,13 @@ def load_pairs(
 ) -> list[data.Encoded]:
     """Read and encode; says what was left out and why. Raises ValueError if nothing is left."""
     examples, dropped = data.load(source, split)
-    examples = [example if data.best_and_worst(example.scores) else "no completion is the better one" for example in examples]
-    return data.encode_all(examples, dropped, tokenizer, template, args.max_length, args.max_prompt_length, source, say)
+    examples = [
+        example if data.best_and_worst(example.scores) else "no completion is the better one"
+        for example in examples
+    ]
+    return data.encode_all(
+        examples, dropped, tokenizer, template, args.max_length, args.max_prompt_length, source, say
+    )
 
 
 def hidden_states(lm: model.LanguageModel, pack: data.Pack) -> Tensor:
@@ -145,9 +188,14 @@ def hidden_states(lm: model.LanguageModel, pack: data.Pack) -> Tensor:
 
 
 def forward(
-    objective: Objective, policy: model.LanguageModel, reference: model.LanguageModel | None, pack: data.Pack, frozen: Any
+    objective: Objective,
+    policy: model.LanguageModel,
+    reference: model.LanguageModel | None,
+    pack: data.Pack,
+    frozen: Any,
 ) -> tuple[losses.Loss, dict[str, Tensor | None]]:
-    """One micro-batch from ids to per-pair losses; `frozen` are the reference's hidden states (N, D) or None."""
+    """One micro-batch from ids to per-pair losses; `frozen` are the reference's hidden states (N, D) or
+    None."""
     hidden = hidden_states(policy, pack)  # (N, D)
     twin = (frozen, reference.head) if reference else None
     tokens = vocab.token_statistics(
@@ -175,7 +223,8 @@ def evaluate(
         frozen = hidden_states(reference, pack) if reference else None  # (N, D)
         out, stats = forward(objective, policy, reference, pack, frozen)
         tallies.append(tally(out, stats, pack))
-    policy.reshard()  # no backward will, and the next forward must gather what the optimiser writes until then
+    # no backward will, and the next forward must gather what the optimiser writes until then
+    policy.reshard()
     return {"split": "eval", "pairs": len(examples), **fsdp.mean_over_ranks(tallies, len(examples))}
 
 
@@ -186,12 +235,18 @@ def tally(out: losses.Loss, stats: dict[str, Tensor | None], pack: data.Pack) ->
     for name, rewards in (("rewards", out.rewards), ("own", out.own)):
         if rewards is not None:
             margins = rewards[0] - rewards[1]  # (B,)
-            sums |= {f"{name}/chosen": rewards[0].sum() * counted, f"{name}/rejected": rewards[1].sum() * counted}
+            sums |= {
+                f"{name}/chosen": rewards[0].sum() * counted,
+                f"{name}/rejected": rewards[1].sum() * counted,
+            }
             sums[f"{name}/margins"] = margins.sum() * counted
             sums[f"{name}/accuracies"] = (margins.sign() + 1).sum() * (counted / 2)
     for name, key in (("logps", "policy_logps"), ("kl", "kl"), ("risk", "risk")):
         if stats[key] is not None:
-            sums |= {f"{name}/chosen": stats[key][0].sum() * counted, f"{name}/rejected": stats[key][1].sum() * counted}
+            sums |= {
+                f"{name}/chosen": stats[key][0].sum() * counted,
+                f"{name}/rejected": stats[key][1].sum() * counted,
+            }
     return {name: value.detach().double() for name, value in sums.items()}
 
 
@@ -200,7 +255,9 @@ def check_start(stats: dict[str, Tensor | None]) -> None:
     drifts = [stats["policy_logps"] - stats["ref_logps"], stats["kl"], stats["risk"]]
     worst = max(drift.detach().abs().max().item() for drift in drifts if drift is not None)
     if worst != 0:
-        raise RuntimeError(f"policy and reference have the same weights but differ by {worst:.1e} nats at step 0")
+        raise RuntimeError(
+            f"policy and reference have the same weights but differ by {worst:.1e} nats at step 0"
+        )
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
@@ -229,7 +286,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(args.model, torch.float32, *options)
-        reference = model.load(args.reference or args.model, dtype, *options) if objective.has_reference else None
+        reference = (
+            model.load(args.reference or args.model, dtype, *options) if objective.has_reference else None
+        )
         model.check_vocabulary(tokenizer, policy, reference)
         lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if args.activation_checkpointing == "full":
@@ -246,28 +305,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = args.epochs * steps_per_epoch if args.steps is None else args.steps
     with config.user_errors():
-        start = checkpoint.resume(args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device)
+        start = checkpoint.resume(
+            args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device
+        )
     if rank == 0:
         config.rewind_log(args.out, start)
-    say(f"start at step {start} of {total}: {args.loss} on {len(train)} pairs, {world_size} processes, {device.type}")
+    say(
+        f"start at step {start} of {total}: {args.loss}, {len(train)} pairs, {world_size} processes, {device.type}"
+    )
     same_weights = objective.has_reference and args.reference in (None, args.model)
 
     for step in range(start, total):
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or step == start:
-            # every rank has the same plan: each optimiser step's groups, rank by rank, micro-batch by micro-batch
-            plan = data.plan(lengths, args.batch_size, world_size, args.tokens_per_microbatch, args.seed, epoch)
+            # every rank has the same plan: each optimiser step's groups, rank by rank, micro-batch by
+            # micro-batch
+            plan = data.plan(
+                lengths, args.batch_size, world_size, args.tokens_per_microbatch, args.seed, epoch
+            )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            config.write_row(args, rank, total, evaluate(objective, policy, reference, evaluated, args, device) | {"step": step})
+            config.write_row(
+                args,
+                rank,
+                total,
+                evaluate(objective, policy, reference, evaluated, args, device) | {"step": step},
+            )
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last)
 
         began = time.perf_counter()
         works = plan[index][rank]
         counted = [group for share in plan[index] for work in share if work.counted for group in work.groups]
-        packs = [data.pack([train[group] for group in work.groups], work.counted).to(device) for work in works]
+        packs = [
+            data.pack([train[group] for group in work.groups], work.counted).to(device) for work in works
+        ]
         # (A) frozen: what the loss may not change
         with torch.no_grad():
             frozen = [hidden_states(reference, pack) if reference else None for pack in packs]  # (N, D) each
@@ -284,13 +357,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = fsdp.mean_over_ranks(tallies, len(counted))
         row["grad_norm"] = fsdp.clip_gradients(policy, args.max_grad_norm)
         if not math.isfinite(row["grad_norm"] + row["loss"]):
-            config.fail(f"step {step}", f"loss {row['loss']}, gradient norm {row['grad_norm']}", "weights left as they were")
+            config.fail(
+                f"step {step}",
+                f"loss {row['loss']}, gradient norm {row['grad_norm']}",
+                "weights left as they were",
+            )
         optimizer.step()
         optimizer.zero_grad()
 
         tokens = sum(lengths[group] for group in counted)
         seconds = time.perf_counter() - began
-        row |= {"split": "train", "step": step, "epoch": step / steps_per_epoch, "pairs": len(counted), "tokens": tokens}
+        row |= {
+            "split": "train",
+            "step": step,
+            "epoch": step / steps_per_epoch,
+            "pairs": len(counted),
+            "tokens": tokens,
+        }
         row |= {"lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "tok_per_s": tokens / seconds}
         config.write_row(args, rank, total, row | {"pairs_per_s": len(counted) / seconds})
 

@@ -3,17 +3,19 @@
     row:       prompt | completion_1 | ... | completion_K | next group's prompt | ...
     positions: 0..P-1 | P..          | ... | P..          | 0..
 
-Every completion attends to its group's prompt and to itself. So the row is a list of segments, each a run of queries
-and the keys it may see, causal and aligned at the END of the keys: the prompt with the first completion is one plain
-causal segment, and every further completion is a segment of its own over [prompt, completion]. Position p of a
-segment's keys is key p, so a sliding window is a distance of key indices within the segment, never in the row.
+Every completion attends to its group's prompt and to itself. So the row is a list of segments, each a run of
+queries and the keys it may see, causal and aligned at the END of the keys: the prompt with the first
+completion is one plain causal segment, and every further completion is a segment of its own over [prompt,
+completion]. Position p of a segment's keys is key p, so a sliding window is a distance of key indices within
+the segment, never in the row.
 
 `Layout` holds the index arithmetic. On CUDA it feeds one variable-length kernel call; elsewhere a loop of
-`scaled_dot_product_attention` walks the very same segments. transformers hands `layout` through to `attend`, which is
-registered under NAME: any architecture that uses its attention interface works unchanged.
+`scaled_dot_product_attention` walks the very same segments. transformers hands `layout` through to `attend`,
+which is registered under NAME: any architecture that uses its attention interface works unchanged.
 
 Left out: attention sinks, bidirectional and cross attention (refused), generation with a cache (use "sdpa").
 """
+
 from itertools import accumulate
 from typing import Any, NamedTuple, Sequence
 
@@ -76,9 +78,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (1, H, T, E), key and value (1, Hkv, T, E) -> (1, T, H, E).
 
-    softmax over the visible keys of scaling q.k, capped as softcap tanh(. / softcap). A window W lets a query see the
-    W nearest keys, itself included. Keys are gathered here, inside what activation checkpointing recomputes, so the
-    K copies of a prompt are never saved. Raises ValueError for what it cannot do exactly.
+    softmax over the visible keys of scaling q.k, capped as softcap tanh(. / softcap). A window W lets a query
+    see the W nearest keys, itself included. Keys are gathered here, inside what activation checkpointing
+    recomputes, so the K copies of a prompt are never saved. Raises ValueError for what it cannot do exactly.
     """
     if layout is None:
         raise ValueError("packed attention needs a layout: call the model through model.LanguageModel")
@@ -110,7 +112,9 @@ def _visible(queries: int, keys: int, window: int | None, device: torch.device) 
     return mask if window is None else mask.triu(keys - queries - window + 1)
 
 
-def _segment(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, cap: float | None) -> Tensor:
+def _segment(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, cap: float | None
+) -> Tensor:
     """One segment: q (1, H, n, E), k and v (1, Hkv, m, E) -> (1, H, n, E)."""
     queries = q.shape[2]
     keys = k.shape[2]
@@ -131,11 +135,18 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None, cap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    cap: float | None,
 ) -> Tensor:
     """All segments in one kernel call: flash-attn, or torch's own where it is not installed. -> (1, T, H, E).
 
-    Both align a causal mask at the end of the keys and count a window without the query itself. Not run here: no GPU.
+    Both align a causal mask at the end of the keys and count a window without the query itself. Not run here:
+    no GPU.
     """
     q, k, v = (states.transpose(1, 2).squeeze(0) for states in (query, key, value))  # (tokens, H or Hkv, E)
     sizes = (max(layout.query_sizes), max(layout.key_sizes))
@@ -146,14 +157,31 @@ def _varlen(
         from torch.nn.attention.varlen import varlen_attn
 
         if cap is not None:
-            raise ValueError("a soft cap on attention needs flash-attn on CUDA: pip install flash-attn") from None
+            raise ValueError(
+                "a soft cap on attention needs flash-attn on CUDA: pip install flash-attn"
+            ) from None
         out = varlen_attn(
-            q, k, v, layout.query_offsets, layout.key_offsets, *sizes, scale=scaling, window_size=(left, 0),
+            q,
+            k,
+            v,
+            layout.query_offsets,
+            layout.key_offsets,
+            *sizes,
+            scale=scaling,
+            window_size=(left, 0),
             enable_gqa=k.shape[1] != q.shape[1],
         )
     else:
         out = flash_attn_varlen_func(
-            q, k, v, layout.query_offsets, layout.key_offsets, *sizes, softmax_scale=scaling, causal=True,
-            window_size=(left, 0), softcap=cap or 0.0,
+            q,
+            k,
+            v,
+            layout.query_offsets,
+            layout.key_offsets,
+            *sizes,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=(left, 0),
+            softcap=cap or 0.0,
         )
     return out.unsqueeze(0)

@@ -2,13 +2,15 @@
 
     python checkpoint.py export RUN/step-100 OUT [--dtype float32|bfloat16]
 
-A checkpoint `step-N` holds every parameter, AdamW's state, the random state of each rank and `trainer.json` (step,
-arguments, a checksum of every file). It is written under another name and renamed when complete, so a kill at any
-moment leaves the one before. Its tensors go through torch.distributed.checkpoint, sharded, so any number of ranks
-reads it. Loading runs no code: the reader takes only the classes a tensor-only checkpoint needs.
+A checkpoint `step-N` holds every parameter, AdamW's state, the random state of each rank and `trainer.json`
+(step, arguments, a checksum of every file). It is written under another name and renamed when complete, so a
+kill at any moment leaves the one before. Its tensors go through torch.distributed.checkpoint, sharded, so any
+number of ranks reads it. Loading runs no code: the reader takes only the classes a tensor-only checkpoint
+needs.
 
 Left out: asynchronous saves, object stores, optimisers other than AdamW.
 """
+
 import argparse
 import json
 import os
@@ -41,7 +43,7 @@ ALLOWED = {
     ("torch.serialization", "_get_layout"): None,
     ("torch", "Size"): None,
     ("pathlib", "PosixPath"): None,
-    **{("torch", name): None for name in ("float32", "float64", "bfloat16", "float16", "uint8", "int32", "int64", "bool")},
+    **{("torch", name): None for name in ("float32", "float64", "bfloat16", "float16", "uint8", "int32", "int64")},
 }  # fmt: skip
 
 
@@ -54,7 +56,9 @@ class SafeReader(FileSystemReader):
         class Unpickler(pickle.Unpickler):
             def find_class(self, module: str, name: str) -> Any:
                 if (module, name) not in ALLOWED:
-                    raise ValueError(f"{path}: checkpoint metadata refers to {module}.{name}; refusing to load it")
+                    raise ValueError(
+                        f"{path}: checkpoint metadata refers to {module}.{name}; refusing to load it"
+                    )
                 return super().find_class(module, name)
 
         with open(path, "rb") as file:
@@ -67,9 +71,15 @@ class SafeReader(FileSystemReader):
 
 
 def save(
-    out: str | Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW, args: dict[str, Any], keep_last: int
+    out: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    args: dict[str, Any],
+    keep_last: int,
 ) -> None:
-    """Write out/step-N, all ranks together, then prune to the newest `keep_last`. An existing step-N is left alone."""
+    """Write out/step-N, all ranks together, then prune to the newest `keep_last`. An existing step-N is left
+    alone."""
     out = Path(out)
     target = out / f"step-{step}"
     beside = out / f".tmp-step-{step}"
@@ -96,7 +106,8 @@ def save(
 
 
 def complete(out: str | Path) -> list[Path]:
-    """The checkpoints of a run, newest first. A directory counts once it was renamed into place with its record."""
+    """The checkpoints of a run, newest first. A directory counts once it was renamed into place with its
+    record."""
     found = [path for path in Path(out).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     found = [path for path in found if (path / ".metadata").exists() and (path / "trainer.json").exists()]
     return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
@@ -113,8 +124,9 @@ def resume(
 ) -> int:
     """Load what `--resume` names into model and optimizer, sharded as they are now, and return its step.
 
-    `choice` None starts at 0; "auto" takes the newest whole checkpoint, or starts at 0 where there is none; "step-N"
-    must be whole. Raises ValueError if it is not, or was made with other flags than `args`, those in `free` excepted.
+    `choice` None starts at 0; "auto" takes the newest whole checkpoint, or starts at 0 where there is none;
+    "step-N" must be whole. Raises ValueError if it is not, or was made with other flags than `args`, those in
+    `free` excepted.
     """
     path = _find(Path(out), choice, device) if choice else None
     if path is None:
@@ -166,7 +178,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
-    """Tensors only. AdamW's state is made here where no step has been taken, as its first step would make it."""
+    """Tensors only. AdamW's state is made here where no step has been taken, as its first step would make
+    it."""
     moments = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -215,12 +228,24 @@ def export(model: nn.Module, tokenizer: Any, out: str | Path, dtype: torch.dtype
         kept = {name for name, _ in lm.named_parameters()}  # a tied weight once
         kept |= {name for name, _ in lm.named_buffers()}
         plain = {name.removeprefix("lm."): value for name, value in state.items()}
-        _write(lm.config, lm.generation_config, {k: v for k, v in plain.items() if k in kept}, tokenizer, out, dtype)
+        _write(
+            lm.config,
+            lm.generation_config,
+            {k: v for k, v in plain.items() if k in kept},
+            tokenizer,
+            out,
+            dtype,
+        )
     fsdp.barrier()
 
 
 def _write(
-    config: Any, generation: Any, state: dict[str, Tensor], tokenizer: Any, out: str | Path, dtype: torch.dtype
+    config: Any,
+    generation: Any,
+    state: dict[str, Tensor],
+    tokenizer: Any,
+    out: str | Path,
+    dtype: torch.dtype,
 ) -> None:
     """Save a state dict under another name and rename it when complete."""
     out = Path(out)
@@ -229,7 +254,9 @@ def _write(
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     skeleton.generation_config = generation
-    skeleton.save_pretrained(beside, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()})
+    skeleton.save_pretrained(
+        beside, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    )
     tokenizer.save_pretrained(beside)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(beside, out)
@@ -242,7 +269,14 @@ def _export_offline(path: Path, out: Path, dtype: torch.dtype) -> None:
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = {"model": {f"lm.{name}": value for name, value in lm.named_parameters()}}
     dcp.load(state, storage_reader=SafeReader(str(path)), no_dist=True)
-    _write(config, lm.generation_config, dict(lm.named_parameters()), AutoTokenizer.from_pretrained(source), out, dtype)
+    _write(
+        config,
+        lm.generation_config,
+        dict(lm.named_parameters()),
+        AutoTokenizer.from_pretrained(source),
+        out,
+        dtype,
+    )
 
 
 def main() -> None:
@@ -253,7 +287,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     if args.step not in complete(args.step.parent) or _damage(args.step):
-        print(f"error: {args.step}: {_damage(args.step) if args.step.exists() else 'no such checkpoint'}", file=sys.stderr)
+        print(
+            f"error: {args.step}: {_damage(args.step) if args.step.exists() else 'no such checkpoint'}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     _export_offline(args.step, args.out, getattr(torch, args.dtype))
     print(f"wrote {args.out}")

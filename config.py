@@ -1,8 +1,10 @@
-"""Command lines, errors and the run directory: everything around training that does not change what is trained.
+"""Command lines, errors and the run directory: everything around training that does not change what is
+trained.
 
-argparse is the only schema. A config file, given as the first argument, is turned into tokens placed before the rest
-of the command line, so that its values pass the very same checks and the command line wins.
+argparse is the only schema. A config file, given as the first argument, is turned into tokens placed before
+the rest of the command line, so that its values pass the very same checks and the command line wins.
 """
+
 import argparse
 import contextlib
 import difflib
@@ -24,8 +26,8 @@ import torch
 
 
 def fail(where: str, what: str = "", right: str = "") -> NoReturn:
-    """One line on stderr, `error: where: what (right)`, and exit code 2. Rank 0 speaks; the others wait for the
-    launcher to end them, lest their exit ends rank 0 before it has spoken."""
+    """One line on stderr, `error: where: what (right)`, and exit code 2. Rank 0 speaks; the others wait for
+    the launcher to end them, lest their exit ends rank 0 before it has spoken."""
     message = ": ".join(part for part in (where, what) if part) + (f" ({right})" if right else "")
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
@@ -45,7 +47,8 @@ def user_errors() -> Iterator[None]:
         fail(str(error.filename or ""), error.strerror or str(error))
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
+# ---- flags
+# -----------------------------------------------------------------------------------------------------------
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -116,9 +119,15 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
     """Flags that do not change training: where it is written, how often, and how it goes on."""
     group = made.add_argument_group("run")
     group.add_argument("--out", required=True, help="run directory; logs, checkpoints and final/ go there")
-    group.add_argument("--resume", default=None, metavar="auto|step-N", help="auto: the newest complete checkpoint, if any")
-    group.add_argument("--save-every", type=count_or_zero, default=0, help="optimiser steps between checkpoints; 0: none")
-    group.add_argument("--keep-last", type=functools.partial(count, least=2), default=2, help="checkpoints kept")
+    group.add_argument(
+        "--resume", default=None, metavar="auto|step-N", help="auto: the newest complete checkpoint, if any"
+    )
+    group.add_argument(
+        "--save-every", type=count_or_zero, default=0, help="optimiser steps between checkpoints; 0: none"
+    )
+    group.add_argument(
+        "--keep-last", type=functools.partial(count, least=2), default=2, help="checkpoints kept"
+    )
     group.add_argument("--log-every", type=count, default=1, help="optimiser steps between progress lines")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--trust-remote-code", type=boolean, default=False, metavar="true|false")
@@ -126,14 +135,15 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
 
 # What a resumed run may change: where and how often it writes, how long and how fast it goes on.
 FREE_FLAGS = (
-    "out", "resume", "save_every", "keep_last", "log_every", "device", "trust_remote_code", "tokens_per_microbatch",
-    "eval_data", "eval_every", "eval_examples", "epochs", "steps", "lr", "warmup_steps", "max_grad_norm",
+    "out", "resume", "save_every", "keep_last", "log_every", "device", "trust_remote_code",
+    "tokens_per_microbatch", "eval_data", "eval_every", "eval_examples", "epochs", "steps", "lr", "warmup_steps", "max_grad_norm",
     "activation_checkpointing",
 )  # fmt: skip
 
 
 def add_hyperparameters(made: argparse.ArgumentParser, functions: dict[str, Callable], title: str) -> None:
-    """A flag for every keyword-only parameter of the functions; one that is not given keeps its function's default."""
+    """A flag for every keyword-only parameter of the functions; one that is not given keeps its function's
+    default."""
     group = made.add_argument_group(title)
     takers = {}
     for name, function in functions.items():
@@ -143,18 +153,25 @@ def add_hyperparameters(made: argparse.ArgumentParser, functions: dict[str, Call
         sample = found[0][1]
         kind = {bool: boolean, float: number}.get(type(sample), type(sample))
         which = ", ".join(f"{name} {default}" for name, default in found)
-        group.add_argument(f"--{key.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=f"of {which}")
+        group.add_argument(
+            f"--{key.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=f"of {which}"
+        )
 
 
-def hyperparameters(args: argparse.Namespace, owners: dict[str, Callable], functions: Sequence[Callable]) -> list[dict]:
-    """The given hyper-parameters of each owner, {"--loss dpo": losses.dpo}; fails for one that no owner takes.
-    `functions` are all that could have been chosen: their flags exist."""
+def hyperparameters(
+    args: argparse.Namespace, owners: dict[str, Callable], functions: Sequence[Callable]
+) -> list[dict]:
+    """The given hyper-parameters of each owner, {"--loss dpo": losses.dpo}; fails for one that no owner
+    takes. `functions` are all that could have been chosen: their flags exist."""
     taken = [{p.name: getattr(args, p.name, p.default) for p in _hyperparameters(f)} for f in owners.values()]
     existing = {parameter.name for function in functions for parameter in _hyperparameters(function)}
     for key in sorted(existing & set(vars(args))):
         if not any(key in values for values in taken):
             flags = [f"--{name.replace('_', '-')}" for values in taken for name in values]
-            fail(f"{' '.join(owners)} takes no --{key.replace('_', '-')}", right=f"it takes {', '.join(flags) or 'none'}")
+            fail(
+                f"{' '.join(owners)} takes no --{key.replace('_', '-')}",
+                right=f"it takes {', '.join(flags) or 'none'}",
+            )
     return taken
 
 
@@ -170,7 +187,11 @@ def positional(function: Callable) -> list[str]:
 def functions_returning(module: Any, record: type) -> dict[str, Callable]:
     """The public functions of a module annotated `-> record`, by name: what a flag may choose from."""
     members = inspect.getmembers(module, inspect.isfunction)
-    return {name: f for name, f in members if not name.startswith("_") and f.__annotations__.get("return") is record}
+    return {
+        name: f
+        for name, f in members
+        if not name.startswith("_") and f.__annotations__.get("return") is record
+    }
 
 
 def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -195,22 +216,28 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
     options = _options(made)
     for key, value in values.items():
         flag = f"--{key.replace('_', '-')}"
-        line = next((i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\W*{re.escape(key)}\b", row)), 1)
+        line = next(
+            (i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\W*{re.escape(key)}\b", row)), 1
+        )
         if flag not in options or flag == "--help":
             near = difflib.get_close_matches(flag, options, 1)
             fail(f"{path}:{line}", f'unknown key "{key}"', f"did you mean {near[0][2:]}?" if near else "")
         if not isinstance(value, (bool, int, float, str)):
-            fail(f"{path}:{line}", f'"{key}" must be a string, a number or a boolean, got {json.dumps(value, default=str)}')
+            fail(
+                f"{path}:{line}",
+                f'"{key}" must be a string, a number or a boolean, got {json.dumps(value, default=str)}',
+            )
         tokens.append(f"{flag}={str(value).lower() if isinstance(value, bool) else value}")
     return tokens
 
 
-# ---- the run directory -----------------------------------------------------------------------------------------------
+# ---- the run directory
+# -----------------------------------------------------------------------------------------------
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Fail before any work if the run directory holds a run and --resume is not given; end with exit code 0 if that
-    run is finished."""
+    """Fail before any work if the run directory holds a run and --resume is not given; end with exit code 0
+    if that run is finished."""
     out = Path(args.out)
     held = [path.name for pattern in ("step-*", "final") for path in out.glob(pattern)]
     if held and args.resume is None:
@@ -222,7 +249,8 @@ def check_run(args: argparse.Namespace) -> None:
 
 
 def open_run(args: argparse.Namespace, rank: int) -> Any:
-    """Take the run directory: created, locked by rank 0 as long as the returned file lives, args.json written.
+    """Take the run directory: created, locked by rank 0 as long as the returned file lives, args.json
+    written.
 
     Fails if it cannot be written or another run holds it.
     """
@@ -248,7 +276,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def log_row(out: str | Path, row: dict[str, Any]) -> None:
-    """Append one line to metrics.jsonl; a number that is not finite becomes the string JSON has no number for."""
+    """Append one line to metrics.jsonl; a number that is not finite becomes the string JSON has no number
+    for."""
     plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(plain) + "\n")

@@ -1,12 +1,14 @@
-"""From a row in a file to a packed batch: Example -> Encoded -> Pack, and the plan that says who trains on what.
+"""From a row in a file to a packed batch: Example -> Encoded -> Pack, and the plan that says who trains on
+what.
 
     read / load    files and named datasets -> Example (text)
     encode         Example -> Encoded (token ids; the prompt once, each completion with its trained mask)
-    pack           Encoded, ... -> Pack (one row of ids without padding, and the indices the head and losses need)
+    pack           Encoded, ... -> Pack (one row of ids without padding, and the indices the head and losses
+    need)
     plan           lengths -> every optimiser step's groups, rank by rank, micro-batch by micro-batch
 
-JSONL rows (also a .json list of them); a prompt is a string (one user turn) or a list of {"role", "content"} turns,
-a completion a string or a list with one assistant turn:
+JSONL rows (also a .json list of them); a prompt is a string (one user turn) or a list of {"role", "content"}
+turns, a completion a string or a list with one assistant turn:
 
     {"prompt", "chosen", "rejected"}            a pair; optional "weight", "margin"
     {"prompt", "completions", "scores"}         a ranked list, higher is better
@@ -14,14 +16,16 @@ a completion a string or a list with one assistant turn:
     {"messages"}                                a conversation, every assistant turn trained
     {"text"}                                    plain text
 
-Adding a dataset = adding one public function here, annotated `-> Iterator[Example | str]`: it yields an Example, or,
-for a row that cannot be used, the reason as a string, which is counted and printed. `--data NAME` finds it.
+Adding a dataset = adding one public function here, annotated `-> Iterator[Example | str]`: it yields an
+Example, or, for a row that cannot be used, the reason as a string, which is counted and printed. `--data
+NAME` finds it.
 
 A mistake in a file is a ValueError that reads "file:line: what is wrong; what would be right".
 
-Left out: streaming of data larger than memory, tools and images in turns, special tokens spelled out inside user text
-(they are tokenised as special, as transformers' chat templates do).
+Left out: streaming of data larger than memory, tools and images in turns, special tokens spelled out inside
+user text (they are tokenised as special, as transformers' chat templates do).
 """
+
 import gzip
 import inspect
 import json
@@ -37,10 +41,12 @@ from torch import Tensor
 
 MAX_LINE_BYTES = 2**24
 ROLES = ("system", "user", "assistant", "tool")
-# For tokenizers without a chat template: the form of Anthropic's HH dialogues, which DPO's authors trained on.
+# For tokenizers without a chat template: the form of Anthropic's HH dialogues, which DPO's authors trained
+# on.
 PLAIN = (
-    "{% for m in messages %}{{ '\n\n' + {'user': 'Human', 'assistant': 'Assistant'}.get(m.role, m.role | capitalize)"
-    " + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '\n\n' + {'user': 'Human', 'assistant': 'Assistant'}.get(m.role, m.role | capitalize) }}"
+    "{{ ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 # Prompt and completion are one running text, as for continuing a film review.
@@ -103,14 +109,16 @@ class Work(NamedTuple):
     counted: bool  # False for a filler, run with weight 0 so that all ranks meet in every collective
 
 
-# ---- readers ---------------------------------------------------------------------------------------------------------
+# ---- readers
+# ---------------------------------------------------------------------------------------------------------
 
 
 def load(source: str, split: str) -> tuple[list[Example], Counter]:
-    """Examples of `NAME`, `NAME=SOURCE` (a dataset function and where its files are) or a .jsonl or .json file.
+    """Examples of `NAME`, `NAME=SOURCE` (a dataset function and where its files are) or a .jsonl or .json
+    file.
 
-    Returns the examples and a count of the rows left out by reason. Raises ValueError (see the module) for anything
-    that cannot be read, and if there are no examples.
+    Returns the examples and a count of the rows left out by reason. Raises ValueError (see the module) for
+    anything that cannot be read, and if there are no examples.
     """
     name, _, place = source.partition("=")
     if name in datasets():
@@ -121,7 +129,9 @@ def load(source: str, split: str) -> tuple[list[Example], Counter]:
         label = source
     else:
         known = ", ".join(datasets())
-        raise ValueError(f"{source}: neither a dataset ({known}; NAME=DIR reads local files) nor a .jsonl or .json file")
+        raise ValueError(
+            f"{source}: neither a dataset ({known}; NAME=DIR reads local files) nor a .jsonl or .json file"
+        )
     examples = []
     dropped = Counter()
     for row in rows:
@@ -141,11 +151,13 @@ def datasets() -> list[str]:
 
 
 def hh(split: str, source: str = "Anthropic/hh-rlhf") -> Iterator[Example | str]:
-    """Anthropic's helpful and harmless dialogues (arXiv:2204.05862), from the hub, a directory or a .jsonl(.gz) file.
+    """Anthropic's helpful and harmless dialogues (arXiv:2204.05862), from the hub, a directory or a
+    .jsonl(.gz) file.
 
-    A row is two whole dialogues "\\n\\nHuman: ...\\n\\nAssistant: ...". The prompt is what stands before the last
-    "\\n\\nAssistant:". Left out, with the reason: prompts that differ, roles that do not alternate, empty answers.
-    Differs from the published code, which assigns roles by parity and ignores the rejected dialogue's prompt.
+    A row is two whole dialogues "\\n\\nHuman: ...\\n\\nAssistant: ...". The prompt is what stands before the
+    last "\\n\\nAssistant:". Left out, with the reason: prompts that differ, roles that do not alternate,
+    empty answers. Differs from the published code, which assigns roles by parity and ignores the rejected
+    dialogue's prompt.
     """
     for row in _published_rows(source, split):
         chosen, rejected = (row[key].rpartition("\n\nAssistant:") for key in ("chosen", "rejected"))
@@ -162,7 +174,8 @@ def hh(split: str, source: str = "Anthropic/hh-rlhf") -> Iterator[Example | str]
 
 
 def imdb(split: str, source: str = "stanfordnlp/imdb") -> Iterator[Example | str]:
-    """Film reviews (Maas et al. 2011) as plain text, for supervised fine-tuning before alignment on sentiment."""
+    """Film reviews (Maas et al. 2011) as plain text, for supervised fine-tuning before alignment on
+    sentiment."""
     for row in _published_rows(source, split):
         text = row["text"].replace("<br />", "\n").strip()
         yield Example([], [text], [1.0]) if text else "a review is empty"
@@ -201,7 +214,8 @@ def _dialogue(text: str) -> list[dict[str, str]] | None:
 
 
 def read(path: str | Path) -> Iterator[Example]:
-    """Examples of a .jsonl file (or a .json list, or either with .gz) in the forms of the module's docstring."""
+    """Examples of a .jsonl file (or a .json list, or either with .gz) in the forms of the module's
+    docstring."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -233,33 +247,44 @@ def _parse(raw: bytes, where: str) -> Any:
     try:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})") from None
+        raise ValueError(
+            f"{where}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
 
 
 def _example(row: Any, where: str) -> Example:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: not an object; a row is {{\"prompt\": ..., \"chosen\": ..., \"rejected\": ...}}")
+        raise ValueError(
+            f'{where}: not an object; a row is {{"prompt": ..., "chosen": ..., "rejected": ...}}'
+        )
     if "text" in row:
         return Example([], [_string(row["text"], "text", where)], [1.0], where=where)
     if "messages" in row:
         turns = _turns(row["messages"], "messages", where)
         answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
-            raise ValueError(f"{where}: \"messages\" has no assistant turn to train on")
+            raise ValueError(f'{where}: "messages" has no assistant turn to train on')
         return Example(turns[: answers[0]], [turns[answers[0] :]], [1.0], where=where)
     prompt = _turns(_value(row, "prompt", where), "prompt", where)
     options = {key: _number(row[key], key, where) for key in ("weight", "margin") if key in row}
     if options.get("weight", 1.0) < 0:
-        raise ValueError(f"{where}: \"weight\" must be >= 0, got {row['weight']}")
+        raise ValueError(f'{where}: "weight" must be >= 0, got {row["weight"]}')
     if "completion" in row:
-        return Example(prompt, [_answer(row["completion"], "completion", where)], [1.0], where=where, **options)
+        return Example(
+            prompt, [_answer(row["completion"], "completion", where)], [1.0], where=where, **options
+        )
     if "completions" in row:
         answers = row["completions"]
         scores = _value(row, "scores", where)
-        if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores) or not answers:
-            raise ValueError(f"{where}: \"completions\" and \"scores\" must be lists of one length, at least 1")
+        if (
+            not isinstance(answers, list)
+            or not isinstance(scores, list)
+            or len(answers) != len(scores)
+            or not answers
+        ):
+            raise ValueError(f'{where}: "completions" and "scores" must be lists of one length, at least 1')
         answers = [_answer(answer, f"completions[{i}]", where) for i, answer in enumerate(answers)]
         scores = [_number(score, f"scores[{i}]", where) for i, score in enumerate(scores)]
         return Example(prompt, answers, scores, where=where, **options)
@@ -269,15 +294,15 @@ def _example(row: Any, where: str) -> Example:
 
 def _value(row: dict[str, Any], key: str, where: str) -> Any:
     if key not in row:
-        raise ValueError(f"{where}: missing \"{key}\" (keys: {', '.join(sorted(row)) or 'none'})")
+        raise ValueError(f'{where}: missing "{key}" (keys: {", ".join(sorted(row)) or "none"})')
     return row[key]
 
 
 def _string(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: \"{key}\" must be a string, got {json.dumps(value)[:40]}")
+        raise ValueError(f'{where}: "{key}" must be a string, got {json.dumps(value)[:40]}')
     if not value.strip():
-        raise ValueError(f"{where}: \"{key}\" is empty")
+        raise ValueError(f'{where}: "{key}" is empty')
     return value
 
 
@@ -285,7 +310,7 @@ def _answer(value: Any, key: str, where: str) -> str:
     if isinstance(value, list):
         turns = _turns(value, key, where)
         if len(turns) != 1 or turns[0]["role"] != "assistant":
-            raise ValueError(f"{where}: \"{key}\" must be a string or one assistant turn")
+            raise ValueError(f'{where}: "{key}" must be a string or one assistant turn')
         return turns[0]["content"]
     return _string(value, key, where)
 
@@ -294,23 +319,28 @@ def _turns(value: Any, key: str, where: str) -> list[dict[str, str]]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}] if value else []
     if not isinstance(value, list):
-        raise ValueError(f"{where}: \"{key}\" must be a string or a list of turns, got {json.dumps(value)[:40]}")
+        raise ValueError(
+            f'{where}: "{key}" must be a string or a list of turns, got {json.dumps(value)[:40]}'
+        )
     for index, turn in enumerate(value):
         if not isinstance(turn, dict) or set(turn) < {"role", "content"}:
-            raise ValueError(f"{where}: {key}[{index}] must have \"role\" and \"content\"")
+            raise ValueError(f'{where}: {key}[{index}] must have "role" and "content"')
         if turn["role"] not in ROLES:
-            raise ValueError(f"{where}: {key}[{index}].role is {json.dumps(turn['role'])} ({', '.join(ROLES)})")
+            raise ValueError(
+                f"{where}: {key}[{index}].role is {json.dumps(turn['role'])} ({', '.join(ROLES)})"
+            )
         _string(turn["content"], f"{key}[{index}].content", where)
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
 def _number(value: Any, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-        raise ValueError(f"{where}: \"{key}\" must be a finite number, got {json.dumps(value)[:40]}")
+        raise ValueError(f'{where}: "{key}" must be a finite number, got {json.dumps(value)[:40]}')
     return float(value)
 
 
-# ---- encode ----------------------------------------------------------------------------------------------------------
+# ---- encode
+# ----------------------------------------------------------------------------------------------------------
 
 
 def encode_all(
@@ -323,13 +353,18 @@ def encode_all(
     source: str,
     say: Callable[[str], None],
 ) -> list[Encoded]:
-    """Encode what can be; says what was kept, what was left out and why, and shows one example with its trained part.
+    """Encode what can be; says what was kept, what was left out and why, and shows one example with its
+    trained part.
 
     Raises ValueError if nothing is left.
     """
     encoded = []
     for example in examples:
-        result = encode(example, tokenizer, max_length, max_prompt_length, template) if isinstance(example, Example) else example
+        result = (
+            encode(example, tokenizer, max_length, max_prompt_length, template)
+            if isinstance(example, Example)
+            else example
+        )
         if isinstance(result, str):
             dropped[result] += 1
         else:
@@ -339,7 +374,10 @@ def encode_all(
         raise ValueError(f"{source}: no example is left at --max-length {max_length} ({reasons})")
     lengths = sorted(example.tokens for example in encoded)
     middle, high = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    say(f"{source}: {len(encoded)} examples of {middle} tokens (median), {high} (95 %), {lengths[-1]} (longest). {reasons}")
+    say(
+        f"{source}: {len(encoded)} examples of {middle} tokens (median), {high} (95 %), {lengths[-1]} (longest). "
+        f"{reasons}"
+    )
     first = encoded[0]
     shown = [token for token, wanted in zip(first.completions[0], first.trained[0]) if wanted]
     say(f"  ...{tokenizer.decode(first.prompt)[-120:]!r} -> {tokenizer.decode(shown)[:200]!r}")
@@ -353,13 +391,15 @@ def subset(examples: list[Encoded], size: int) -> list[Encoded]:
 
 
 def held_out_source(source: str, named: str | None) -> str | None:
-    """Where held-out examples come from: what the user named, or the test split of a named dataset, or nowhere."""
+    """Where held-out examples come from: what the user named, or the test split of a named dataset, or
+    nowhere."""
     return named or (source if source.partition("=")[0] in datasets() else None)
 
 
 def chat_template(tokenizer: Any, choice: str | None) -> tuple[str, str | None]:
-    """(name, template) from a flag: None is the tokenizer's own, or "plain" where it has none; a name of TEMPLATES;
-    or a file. A template of None means the tokenizer's own. Raises ValueError for a file that cannot be read."""
+    """(name, template) from a flag: None is the tokenizer's own, or "plain" where it has none; a name of
+    TEMPLATES; or a file. A template of None means the tokenizer's own. Raises ValueError for a file that
+    cannot be read."""
     if choice is None:
         return ("plain", PLAIN) if tokenizer.chat_template is None else ("the tokenizer's own", None)
     if choice in TEMPLATES:
@@ -367,21 +407,28 @@ def chat_template(tokenizer: Any, choice: str | None) -> tuple[str, str | None]:
     try:
         return choice, Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat-template {choice}: not one of {', '.join(TEMPLATES)} and not a readable file") from error
+        raise ValueError(
+            f"--chat-template {choice}: not one of {', '.join(TEMPLATES)} and not a readable file"
+        ) from error
 
 
 def encode(
-    example: Example, tokenizer: Any, max_length: int, max_prompt_length: int, template: tuple[str, str | None]
+    example: Example,
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    template: tuple[str, str | None],
 ) -> Encoded | str:
-    """Token ids of an example, at most max_length for the prompt and one completion together; or, where nothing of a
-    completion is left, the reason as a string.
+    """Token ids of an example, at most max_length for the prompt and one completion together; or, where
+    nothing of a completion is left, the reason as a string.
 
-    The prompt is rendered and tokenised once. Too long a prompt loses its oldest turns (never the system turn), then
-    the beginning of its last turn; what the template writes before that turn (BOS, system, role) stays. A completion
-    is the text the template adds to the prompt's, tokenised on its own as sampling would see it, its end-of-turn
-    token included, and is cut on the right.
+    The prompt is rendered and tokenised once. Too long a prompt loses its oldest turns (never the system
+    turn), then the beginning of its last turn; what the template writes before that turn (BOS, system, role)
+    stays. A completion is the text the template adds to the prompt's, tokenised on its own as sampling would
+    see it, its end-of-turn token included, and is cut on the right.
 
-    Raises ValueError if the prompt's text is not a prefix of the conversation's, or without an end-of-turn token.
+    Raises ValueError if the prompt's text is not a prefix of the conversation's, or without an end-of-turn
+    token.
     """
     prompt_text, prompt = _encode_prompt(example, tokenizer, max_prompt_length, template)
     if len(prompt) > max_prompt_length:
@@ -400,14 +447,18 @@ def encode(
     return Encoded(prompt, completions, masks, example.scores, example.weight, example.margin)
 
 
-def _render(tokenizer: Any, turns: list[dict[str, str]], template: tuple[str, str | None], generation: bool) -> str:
+def _render(
+    tokenizer: Any, turns: list[dict[str, str]], template: tuple[str, str | None], generation: bool
+) -> str:
     if not turns:
         return ""
     try:
         return tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=generation, chat_template=template[1]
         )
-    except Exception as error:  # jinja's own errors, and whatever a template raises for turns it does not like
+    except (
+        Exception
+    ) as error:  # jinja's own errors, and whatever a template raises for turns it does not like
         raise ValueError(f"chat template ({template[0]}): {str(error).splitlines()[0]}") from error
 
 
@@ -452,7 +503,8 @@ def _encode_completion(
     tokenizer: Any,
     template: tuple[str, str | None],
 ) -> tuple[list[int], list[bool]]:
-    """Ids and trained mask of what follows the prompt. Every assistant turn and its end-of-turn token are trained."""
+    """Ids and trained mask of what follows the prompt. Every assistant turn and its end-of-turn token are
+    trained."""
     if not example.prompt and isinstance(completion, str):
         ids = _ids(tokenizer, completion) + [_eos(tokenizer)]
         return ids, [True] * len(ids)
@@ -480,8 +532,8 @@ def _encode_completion(
 def _continued(before: str, after: str, example: Example, template: tuple[str, str | None]) -> str:
     if not after.startswith(before):
         raise ValueError(
-            f"{example.where or 'example'}: chat template ({template[0]}): the text of the prompt is not a prefix of the "
-            "text of the conversation; pass --chat-template with one that renders turns in order"
+            f"{example.where or 'example'}: chat template ({template[0]}): the text of the prompt is not a prefix "
+            "of the text of the conversation; pass --chat-template with one that renders turns in order"
         )
     return after
 
@@ -492,7 +544,8 @@ def _eos(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-# ---- pack ------------------------------------------------------------------------------------------------------------
+# ---- pack
+# ------------------------------------------------------------------------------------------------------------
 
 
 def pack(groups: Sequence[Encoded], counted: bool = True) -> Pack:
@@ -552,7 +605,8 @@ def best_and_worst(scores: Sequence[float]) -> tuple[int, int] | None:
     return (order[0], order[-1]) if scores[order[0]] > scores[order[-1]] else None
 
 
-# ---- plan ------------------------------------------------------------------------------------------------------------
+# ---- plan
+# ------------------------------------------------------------------------------------------------------------
 
 
 def plan(
@@ -565,15 +619,18 @@ def plan(
 ) -> list[list[list[Work]]]:
     """Every optimiser step of an epoch: plan[step][rank] is that rank's micro-batches in order.
 
-    `lengths` are tokens of each group, `batch_size` groups make one optimiser step over all ranks; the last step of
-    the epoch takes what is left. All ranks have the same number of micro-batches in a step, as collectives demand; a
-    rank without work runs the smallest group uncounted. No micro-batch exceeds the budget unless a single group does.
-    The order is a permutation by (seed, epoch); a seed of None keeps the order of the data. A pure function: every
-    rank computes the same plan, and resuming at a step is looking it up.
+    `lengths` are tokens of each group, `batch_size` groups make one optimiser step over all ranks; the last
+    step of the epoch takes what is left. All ranks have the same number of micro-batches in a step, as
+    collectives demand; a rank without work runs the smallest group uncounted. No micro-batch exceeds the
+    budget unless a single group does. The order is a permutation by (seed, epoch); a seed of None keeps the
+    order of the data. A pure function: every rank computes the same plan, and resuming at a step is looking
+    it up.
     """
     order = list(range(len(lengths)))
     if seed is not None:
-        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        order = torch.randperm(
+            len(lengths), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        ).tolist()
     smallest = min(order, key=lambda index: lengths[index])
     steps = []
     for start in range(0, len(order), batch_size):
@@ -584,7 +641,8 @@ def plan(
 
 
 def _balance(groups: list[int], lengths: Sequence[int], world_size: int, budget: int) -> list[list[int]]:
-    """Groups into the fewest multiple of world_size bins within the budget, longest first into the emptiest bin.
+    """Groups into the fewest multiple of world_size bins within the budget, longest first into the emptiest
+    bin.
 
     Bins come sorted by tokens, so that the ranks of one micro-batch carry nearly the same load.
     """

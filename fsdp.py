@@ -1,11 +1,13 @@
 """Everything that must know there is more than one process: start, shard, sum, clip, agree on a number.
 
-FSDP2 (`fully_shard`) always, also with one process, so there is one code path: `python align.py` makes a group of one.
-Each block is a unit, gathered for its forward and again for its backward; what is left (embeddings, head, last norm)
-is the root's unit and stays gathered from forward to backward, for the head is read between them.
+FSDP2 (`fully_shard`) always, also with one process, so there is one code path: `python align.py` makes a
+group of one. Each block is a unit, gathered for its forward and again for its backward; what is left
+(embeddings, head, last norm) is the root's unit and stays gathered from forward to backward, for the head is
+read between them.
 
 Left out: tensor, pipeline and expert parallelism; CPU offload.
 """
+
 import os
 from datetime import timedelta
 from typing import Iterable
@@ -29,7 +31,9 @@ def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.devi
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"--device cuda: local rank {local}, but {torch.cuda.device_count()} CUDA devices are visible")
+            raise ValueError(
+                f"--device cuda: local rank {local}, but {torch.cuda.device_count()} CUDA devices are visible"
+            )
         torch.cuda.set_device(local)
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
@@ -46,8 +50,9 @@ def ranks() -> tuple[int, int]:
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
-    """Split every parameter over all ranks, in place. Parameters keep their dtype, compute runs in `dtype`, gradients
-    are summed in fp32. The root forward must take integers only: floats would be cast to `dtype`."""
+    """Split every parameter over all ranks, in place. Parameters keep their dtype, compute runs in `dtype`,
+    gradients are summed in fp32. The root forward must take integers only: floats would be cast to
+    `dtype`."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
@@ -56,8 +61,9 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, dev
 
 
 def mean_over_ranks(tallies: list[dict[str, Tensor]], units: int) -> dict[str, float]:
-    """Sums of each micro-batch of this rank -> means over the `units` of all micro-batches of all ranks, by one
-    all_reduce of fixed size. Every rank has at least one micro-batch and the same names in the same order."""
+    """Sums of each micro-batch of this rank -> means over the `units` of all micro-batches of all ranks, by
+    one all_reduce of fixed size. Every rank has at least one micro-batch and the same names in the same
+    order."""
     sums = torch.stack([torch.stack(list(sums.values())) for sums in tallies]).sum(0)  # (metrics,)
     dist.all_reduce(sums)
     return dict(zip(tallies[0], (sums / units).tolist()))
@@ -66,12 +72,14 @@ def mean_over_ranks(tallies: list[dict[str, Tensor]], units: int) -> dict[str, f
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale all gradients so that their global 2-norm is at most max_norm; returns the norm before.
 
-    Norms of rows first: torch's own norm of a tensor of 28 million fp32 numbers is wrong by 0.16 % on a CPU, and by
-    another amount for another number of ranks.
+    Norms of rows first: torch's own norm of a tensor of 28 million fp32 numbers is wrong by 0.16 % on a CPU,
+    and by another amount for another number of ranks.
     """
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    rows = [torch.linalg.vector_norm(grad, dim=-1) for grad in local]  # each the tensor's shape less the last axis
+    rows = [
+        torch.linalg.vector_norm(grad, dim=-1) for grad in local
+    ]  # each the tensor's shape less the last axis
     squares = torch.stack([torch.linalg.vector_norm(norms).double() for norms in rows]).square().sum()
     dist.all_reduce(squares)
     norm = squares.sqrt().item()

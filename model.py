@@ -1,9 +1,12 @@
-"""A causal language model as two parts: a body that turns packed ids into hidden states, and a head for vocab.py.
+"""A causal language model as two parts: a body that turns packed ids into hidden states, and a head for
+vocab.py.
 
-Works with every transformers architecture that uses its attention interface (Llama, Mistral, Qwen, Gemma, Phi-3,
-GPT-NeoX/Pythia, GPT-2, OPT, OLMo, ...); `load` compares a few tokens with the model's own logits and refuses one for
-which packing is not exact. Left out: encoder-decoders, images, GPT-Neo and others with attention code of their own.
+Works with every transformers architecture that uses its attention interface (Llama, Mistral, Qwen, Gemma,
+Phi-3, GPT-NeoX/Pythia, GPT-2, OPT, OLMo, ...); `load` compares a few tokens with the model's own logits and
+refuses one for which packing is not exact. Left out: encoder-decoders, images, GPT-Neo and others with
+attention code of their own.
 """
+
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,9 @@ import attention
 import vocab
 
 transformers_logging.disable_progress_bar()
-CHECK_TOLERANCE = 2e-3  # nats, fp32: packed against plain log-probabilities of a random model or a trained one
+CHECK_TOLERANCE = (
+    2e-3  # nats, fp32: packed against plain log-probabilities of a random model or a trained one
+)
 
 
 class LanguageModel(nn.Module):
@@ -36,10 +41,13 @@ class LanguageModel(nn.Module):
 
     @property
     def head(self) -> vocab.Head:
-        """The head's parameters. Under FSDP only between a forward of this model and its backward: whole tensors."""
+        """The head's parameters. Under FSDP only between a forward of this model and its backward: whole
+        tensors."""
         linear = self.lm.get_output_embeddings()
         config = self.lm.config
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         return vocab.Head(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
 
     @property
@@ -56,18 +64,21 @@ def load(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """A LanguageModel from a local directory or a hub name, on the CPU, in training mode with every dropout at 0.
+    """A LanguageModel from a local directory or a hub name, on the CPU, in training mode with every dropout
+    at 0.
 
-    `weights` "random" starts from the directory's config.json alone, with transformers' own initialisation under
-    `seed`. Raises ValueError: no such model, pickle weights, missing weights, positions shorter than `max_length`,
-    or an architecture for which packed attention does not reproduce the model's own logits.
+    `weights` "random" starts from the directory's config.json alone, with transformers' own initialisation
+    under `seed`. Raises ValueError: no such model, pickle weights, missing weights, positions shorter than
+    `max_length`, or an architecture for which packed attention does not reproduce the model's own logits.
     """
     options = {"trust_remote_code": trust_remote_code, **_local(path)}
     try:
         config = AutoConfig.from_pretrained(path, **options)
         if weights == "random":
             torch.manual_seed(seed)
-            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            lm = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
         else:
             lm, report = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
@@ -79,7 +90,9 @@ def load(
     _disable_dropout(lm)
     model = LanguageModel(lm)
     _check_packing(path, model)
-    for parameter in lm.parameters():  # not lm.to(): buffers such as rotary frequencies stay fp32, as under FSDP
+    for (
+        parameter
+    ) in lm.parameters():  # not lm.to(): buffers such as rotary frequencies stay fp32, as under FSDP
         parameter.data = parameter.data.to(dtype)
     return model
 
@@ -93,7 +106,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, policy: LanguageModel, reference: LanguageModel | None = None) -> None:
-    """Raises ValueError for a tokenizer with more ids than the embedding, or two models over different vocabularies."""
+    """Raises ValueError for a tokenizer with more ids than the embedding, or two models over different
+    vocabularies."""
     size = policy.head.weight.shape[0]
     if len(tokenizer) > size:
         raise ValueError(f"tokenizer has {len(tokenizer)} ids, the embedding {size}; resize the model first")
@@ -120,7 +134,9 @@ def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
     missing = sorted(set(report["missing_keys"]) - tied)
     wrong = sorted(str(key) for key in report.get("mismatched_keys") or [])
     if missing or wrong:
-        raise ValueError(f"{path}: {len(missing + wrong)} weights missing or misshapen (first: {(missing + wrong)[0]})")
+        raise ValueError(
+            f"{path}: {len(missing + wrong)} weights missing or misshapen (first: {(missing + wrong)[0]})"
+        )
 
 
 def _check_positions(path: str, config: Any, max_length: int) -> None:
@@ -135,8 +151,8 @@ def _check_positions(path: str, config: Any, max_length: int) -> None:
             original = variant.get("original_max_position_embeddings") or original
             if max_length > original:
                 raise ValueError(
-                    f"{path}: its rotary embedding changes beyond {original} positions with the longest of the row; "
-                    f"use --max-length {original} or less"
+                    f"{path}: its rotary embedding changes beyond {original} positions with the longest of "
+                    f"the row; use --max-length {original} or less"
                 )
 
 
@@ -145,14 +161,16 @@ def _disable_dropout(lm: nn.Module) -> None:
     lm.train()
     for module in lm.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(module, nn.Dropout))):
+            if isinstance(value, float) and (
+                "dropout" in name or (name == "p" and isinstance(module, nn.Dropout))
+            ):
                 setattr(module, name, 0.0)
 
 
 @torch.no_grad()
 def _check_packing(path: str, model: LanguageModel) -> None:
-    """A group of two completions, packed, against two plain sequences: attention, positions, head bias, soft-cap,
-    scale. Leaves the model on packed attention."""
+    """A group of two completions, packed, against two plain sequences: attention, positions, head bias,
+    soft-cap, scale. Leaves the model on packed attention."""
     lm = model.lm
     size = lm.config.get_text_config().vocab_size
     ids = torch.randint(0, size, (12,), generator=torch.Generator().manual_seed(0))

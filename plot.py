@@ -2,9 +2,11 @@
 
     python plot.py runs/dpo runs/ra_dpo1 --out comparison.png
 
-Needs matplotlib. Units: losses, kl and risk in nats, rewards in nats times beta, memory in GB. Curves are the held-out
-evaluations (dots) and the training steps (lines, a running mean). The table is the last held-out evaluation.
+Needs matplotlib. Units: losses, kl and risk in nats, rewards in nats times beta, memory in GB. Curves are the
+held-out evaluations (dots) and the training steps (lines, a running mean). The table is the last held-out
+evaluation.
 """
+
 import argparse
 import json
 import statistics
@@ -50,12 +52,15 @@ def read(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(runs: dict[str, dict]) -> str:
-    """Markdown: the last held-out evaluation of every run, the median pairs per second and the peak memory."""
+    """Markdown: the last held-out evaluation of every run, the median pairs per second and the peak
+    memory."""
     lines = ["| run | " + " | ".join(heading for heading, *_ in COLUMNS) + " | pairs/s | peak GB |"]
     lines.append("|---" * (len(COLUMNS) + 3) + "|")
     for name, rows in runs.items():
         last = rows["eval"][-1] if rows["eval"] else {}
-        cells = [format(last[key], form) if isinstance(last.get(key), float) else "-" for _, key, form in COLUMNS]
+        cells = [
+            format(last[key], form) if isinstance(last.get(key), float) else "-" for _, key, form in COLUMNS
+        ]
         speeds = [row["pairs_per_s"] for row in rows["train"] if "pairs_per_s" in row]
         cells.append(f"{statistics.median(speeds):.1f}" if speeds else "-")
         cells.append(f"{max((row['mem_gb'] for row in rows['train'] + rows['eval']), default=0):.2f}")

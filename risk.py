@@ -6,17 +6,18 @@ p(v) = pi_ref(v|s) of one position to one number. All measures share one interfa
     measure(x, p, state=None, *, <its parameter>) -> Risk(value, weights, state)
 
 with x and p of shape (..., V) in fp32 or fp64, in nats. `weights` is q = d value / d x, so the gradient with
-respect to the policy's logits is pi_theta sum(q) - q for every measure and `vocab.py` needs only one backward.
-Nothing here builds a graph.
+respect to the policy's logits is pi_theta sum(q) - q for every measure and `vocab.py` needs only one
+backward. Nothing here builds a graph.
 
-`state` is whatever makes a second call on the very same (x, p) cheap (the threshold of a quantile): the backward
-pass, which recomputes x and p chunk by chunk, hands it back instead of searching again.
+`state` is whatever makes a second call on the very same (x, p) cheap (the threshold of a quantile): the
+backward pass, which recomputes x and p chunk by chunk, hands it back instead of searching again.
 
 Adding a measure = adding one public function annotated `-> Risk`; its keyword-only parameters become flags.
 
 Left out: the published code's second mode, which replaces log-probabilities by thresholded ones
 (`cal_risk_distribution_logps`): its margins are quantiles or zero, not log-ratios.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class Risk(NamedTuple):
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """sum_v a b: (..., V), (..., V) -> (...,). Not a matmul: that adds in order and loses three digits at V = 150,000."""
+    """sum_v a b: (..., V), (..., V) -> (...,). Not a matmul: that adds in order and loses three digits at V =
+    150,000."""
     return (a * b).sum(-1)
 
 
@@ -52,11 +54,12 @@ def cvar(x: Tensor, p: Tensor, state: Tensor | None = None, *, confidence_level:
         CVaR_c = max { sum_v q x : 0 <= q <= p / c, sum q = sum p },   c = confidence_level in (0, 1]
 
     The atom at the threshold t is split exactly; entries tied at t share what is left in proportion to p:
-    q = p/c where x > t, f p/c where x = t, 0 below. c = 1 is `kl`; a smaller c is more averse. The target mass is
-    c sum(p), since fp32 probabilities do not sum to exactly 1. state = (t, f).
+    q = p/c where x > t, f p/c where x = t, 0 below. c = 1 is `kl`; a smaller c is more averse. The target
+    mass is c sum(p), since fp32 probabilities do not sum to exactly 1. state = (t, f).
 
-    Raises ValueError unless 0 < c <= 1. Source: Rockafellar and Uryasev 2000; Ra-DPO, arXiv:2505.20359. Differs from
-    the published code, whose mask of an unweighted quantile is neither weighted by p nor renormalised: `published`.
+    Raises ValueError unless 0 < c <= 1. Source: Rockafellar and Uryasev 2000; Ra-DPO, arXiv:2505.20359.
+    Differs from the published code, whose mask of an unweighted quantile is neither weighted by p nor
+    renormalised: `published`.
     """
     if not 0 < confidence_level <= 1:
         raise ValueError(f"confidence_level must be in (0, 1], got {confidence_level}")
@@ -79,8 +82,8 @@ def erm(x: Tensor, p: Tensor, state: Tensor | None = None, *, risk_aversion: flo
 
     so the value is not sum q x. mu = risk_aversion > 0; mu -> 0 is `kl`, larger is more averse.
 
-    Raises ValueError unless mu > 0, and for mu < 0.01 in fp32, where the difference of the two lse has no digits left.
-    Source: Ra-DPO, arXiv:2505.20359 (nested entropic risk).
+    Raises ValueError unless mu > 0, and for mu < 0.01 in fp32, where the difference of the two lse has no
+    digits left. Source: Ra-DPO, arXiv:2505.20359 (nested entropic risk).
     """
     if not risk_aversion > 0 or risk_aversion == float("inf"):
         raise ValueError(f"risk_aversion must be a finite number > 0, got {risk_aversion}")
@@ -100,9 +103,10 @@ def published(
 ) -> Risk:
     """The published Ra-DPO code's measure, kept to reproduce it: sum_v p x 1[x > Q], q = p 1[x > Q].
 
-    Q is the unweighted (1 - c)-quantile of x over the vocabulary (linear interpolation). With `split`, the published
-    default, the halves [0, V//2) and [V//2, V) of the vocabulary each have their own Q, so the order of the
-    vocabulary matters. state = where each half is cut. Not a CVaR: neither weighted by p nor renormalised.
+    Q is the unweighted (1 - c)-quantile of x over the vocabulary (linear interpolation). With `split`, the
+    published default, the halves [0, V//2) and [V//2, V) of the vocabulary each have their own Q, so the
+    order of the vocabulary matters. state = where each half is cut. Not a CVaR: neither weighted by p nor
+    renormalised.
 
     Raises ValueError unless 0 < c <= 1. Source: the published repository of arXiv:2505.20359.
     """
@@ -111,25 +115,28 @@ def published(
     half = x.shape[-1] // 2
     sizes = [half, x.shape[-1] - half] if split and half else [x.shape[-1]]
     if state is None:
-        state = torch.stack([_lower_quantile(part, 1 - confidence_level) for part in x.split(sizes, -1)], -1)  # (..., k)
+        state = torch.stack(
+            [_lower_quantile(part, 1 - confidence_level) for part in x.split(sizes, -1)], -1
+        )  # (..., k)
     cuts = state.repeat_interleave(torch.tensor(sizes, device=x.device), -1)  # (..., V)
     weights = p * (x > cuts)  # (..., V)
     return Risk(_dot(weights, x), weights, state)
 
 
 def _lower_quantile(x: Tensor, fraction: float) -> Tensor:
-    """The value at or just below the quantile, by selection instead of a sort: (..., V) -> (...,). Interpolating on to
-    the next value would not change which entries lie above."""
+    """The value at or just below the quantile, by selection instead of a sort: (..., V) -> (...,).
+    Interpolating on to the next value would not change which entries lie above."""
     rank = int(fraction * (x.shape[-1] - 1))
     return x.topk(rank + 1, -1, largest=False).values[..., -1]
 
 
 def _threshold(x: Tensor, p: Tensor, confidence_level: float) -> Tensor:
-    """The largest t with p{x >= t} >= c sum(p), and the share of the mass at t that is needed: (..., V) -> (..., 2).
+    """The largest t with p{x >= t} >= c sum(p), and the share of the mass at t that is needed: (..., V) ->
+    (..., 2).
 
-    A sort of 50,000 entries costs more than the whole head. One histogram of mass over x finds the bin of every
-    row's threshold; only the entries of those bins, a few hundred of a row, are sorted. All bins are exact, so a
-    distribution with every entry in one bin is merely slower.
+    A sort of 50,000 entries costs more than the whole head. One histogram of mass over x finds the bin of
+    every row's threshold; only the entries of those bins, a few hundred of a row, are sorted. All bins are
+    exact, so a distribution with every entry in one bin is merely slower.
     """
     shape = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])  # (n, V)
@@ -137,11 +144,15 @@ def _threshold(x: Tensor, p: Tensor, confidence_level: float) -> Tensor:
     rows = x.shape[0]
     low, high = x.aminmax(dim=-1, keepdim=True)  # (n, 1)
     scale = BINS / (high - low).clamp(min=torch.finfo(x.dtype).tiny * BINS)  # (n, 1)
-    bins = ((high - x) * scale).fmax(x.new_zeros(())).clamp_(max=BINS - 1).long()  # (n, V) worst first; NaN is 0
+    bins = (
+        ((high - x) * scale).fmax(x.new_zeros(())).clamp_(max=BINS - 1).long()
+    )  # (n, V) worst first; NaN is 0
     mass = p.new_zeros(rows, BINS, dtype=torch.double).scatter_add_(1, bins, p.double())  # (n, BINS)
     mass = mass.nan_to_num_().cumsum(-1)  # (n, BINS) of this bin and the worse ones
     target = confidence_level * mass[:, -1:]  # (n, 1)
-    found = torch.searchsorted(mass, target).clamp_(max=BINS - 1)  # (n, 1) the first bin that reaches the target
+    found = torch.searchsorted(mass, target).clamp_(
+        max=BINS - 1
+    )  # (n, 1) the first bin that reaches the target
     before = torch.where(found > 0, mass.gather(1, (found - 1).clamp(min=0)), 0.0).squeeze(1)  # (n,)
 
     row, column = (bins == found).nonzero(as_tuple=True)  # (m,) candidates, row by row
@@ -159,7 +170,9 @@ def _threshold(x: Tensor, p: Tensor, confidence_level: float) -> Tensor:
     index = torch.minimum(torch.maximum(index, last - counts + 1), last)
     threshold = value[index]  # (n,)
 
-    above = torch.bincount(row, weight * (value > threshold[row]), rows)  # (n,) candidates beyond the threshold
+    above = torch.bincount(
+        row, weight * (value > threshold[row]), rows
+    )  # (n,) candidates beyond the threshold
     at = torch.bincount(row, weight * (value == threshold[row]), rows)  # (n,)
     share = ((need - above) / at).nan_to_num(0.0).clamp(0, 1)  # (n,)
     return torch.stack([threshold, share.to(x.dtype)], -1).reshape(*shape, 2)

@@ -3,11 +3,13 @@
     python sft.py configs/hh_smollm2_sft.toml
     torchrun --nproc-per-node 2 sft.py --model EleutherAI/pythia-1.4b --data hh --out runs/sft
 
-Trains on every assistant turn of a conversation, on the completion of a prompt, on the best completion of a pair or a
-ranked list, or on plain text. The sum over tokens is divided by the number of trained tokens of the whole step.
+Trains on every assistant turn of a conversation, on the completion of a prompt, on the best completion of a
+pair or a ranked list, or on plain text. The sum over tokens is divided by the number of trained tokens of the
+whole step.
 
 Left out: LoRA, sampling during training.
 """
+
 import argparse
 import math
 import sys
@@ -31,24 +33,58 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     made = config.parser(__doc__.splitlines()[0])
     add = made.add_argument
     add("--model", required=True, help="model to start from: a directory or a hub name")
-    add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json and --seed")
+    add(
+        "--weights",
+        choices=("pretrained", "random"),
+        default="pretrained",
+        help="random: from config.json and --seed",
+    )
     add("--data", required=True, help="hh, imdb, NAME=DIR, or a .jsonl or .json file")
-    add("--eval-data", default=None, help="held-out examples; None: the test split of a named --data, else no evaluation")
+    add(
+        "--eval-data",
+        default=None,
+        help="held-out examples; None: the test split of a named --data, else no evaluation",
+    )
     add("--chat-template", default=None, help="plain, raw or a file; None: the tokenizer's own, else plain")
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
     add("--max-prompt-length", type=config.count, default=None, help="tokens; None: half of --max-length")
     add("--batch-size", type=config.count, default=16, help="examples of one optimiser step, over all ranks")
-    add("--tokens-per-microbatch", type=config.count, default=4096, help="tokens a rank packs at a time; memory only")
+    add(
+        "--tokens-per-microbatch",
+        type=config.count,
+        default=4096,
+        help="tokens a rank packs at a time; memory only",
+    )
     add("--epochs", type=config.count, default=1)
-    add("--steps", type=config.count_or_zero, default=None, help="optimiser steps instead of --epochs; 0 only evaluates")
+    add(
+        "--steps",
+        type=config.count_or_zero,
+        default=None,
+        help="optimiser steps instead of --epochs; 0 only evaluates",
+    )
     add("--lr", type=config.positive, default=1e-5, help="peak learning rate of AdamW")
     add("--warmup-steps", type=config.count_or_zero, default=150, help="linear from 0; then a cosine to 0")
     add("--weight-decay", type=config.not_negative, default=0.0)
     add("--adam-eps", type=config.positive, default=1e-8)
-    add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over the step's trained tokens")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; master weights are fp32")
+    add(
+        "--max-grad-norm",
+        type=config.positive,
+        default=1.0,
+        help="of the mean loss over the step's trained tokens",
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the body; master weights are fp32",
+    )
     add("--activation-checkpointing", choices=("none", "full"), default="full")
-    add("--eval-every", type=config.count_or_zero, default=100, help="optimiser steps; 0: only at the start and the end")
+    add(
+        "--eval-every",
+        type=config.count_or_zero,
+        default=100,
+        help="optimiser steps; 0: only at the start and the end",
+    )
     add("--eval-examples", type=config.count, default=256, help="held-out examples, the same ones every time")
     add("--seed", type=config.count_or_zero, default=0)
     config.add_run_flags(made)
@@ -60,10 +96,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def load_examples(
     source: str, split: str, tokenizer: Any, template: Any, args: argparse.Namespace, say: Callable
 ) -> list[data.Encoded]:
-    """Read and encode, of every example the best completion; says what was left out and why. Raises ValueError."""
+    """Read and encode, of every example the best completion; says what was left out and why. Raises
+    ValueError."""
     examples, dropped = data.load(source, split)
     examples = [data.best_completion(example) for example in examples]
-    return data.encode_all(examples, dropped, tokenizer, template, args.max_length, args.max_prompt_length, source, say)
+    return data.encode_all(
+        examples, dropped, tokenizer, template, args.max_length, args.max_prompt_length, source, say
+    )
 
 
 def forward(policy: model.LanguageModel, pack: data.Pack) -> losses.Loss:
@@ -86,9 +125,15 @@ def evaluate(
     for work in data.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]:
         pack = data.pack([examples[index] for index in work.groups], work.counted).to(device)
         tallies.append(tally(forward(policy, pack), pack))
-    policy.reshard()  # no backward will, and the next forward must gather what the optimiser writes until then
+    # no backward will, and the next forward must gather what the optimiser writes until then
+    policy.reshard()
     row = fsdp.mean_over_ranks(tallies, trained)
-    return {"split": "eval", "examples": len(examples), **row, "perplexity": math.exp(min(row["loss"], 700.0))}
+    return {
+        "split": "eval",
+        "examples": len(examples),
+        **row,
+        "perplexity": math.exp(min(row["loss"], 700.0)),
+    }
 
 
 def tally(out: losses.Loss, pack: data.Pack) -> dict[str, Tensor]:
@@ -133,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = args.epochs * steps_per_epoch if args.steps is None else args.steps
     with config.user_errors():
-        start = checkpoint.resume(args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device)
+        start = checkpoint.resume(
+            args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device
+        )
     if rank == 0:
         config.rewind_log(args.out, start)
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} processes, {device.type}")
@@ -141,8 +188,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for step in range(start, total):
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or step == start:
-            # every rank has the same plan: each optimiser step's groups, rank by rank, micro-batch by micro-batch
-            plan = data.plan(lengths, args.batch_size, world_size, args.tokens_per_microbatch, args.seed, epoch)
+            # every rank has the same plan: each optimiser step's groups, rank by rank, micro-batch by
+            # micro-batch
+            plan = data.plan(
+                lengths, args.batch_size, world_size, args.tokens_per_microbatch, args.seed, epoch
+            )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
@@ -153,7 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         began = time.perf_counter()
         works = plan[index][rank]
         counted = [group for share in plan[index] for work in share if work.counted for group in work.groups]
-        packs = [data.pack([train[group] for group in work.groups], work.counted).to(device) for work in works]
+        packs = [
+            data.pack([train[group] for group in work.groups], work.counted).to(device) for work in works
+        ]
         units = sum(train[group].trained_tokens for group in counted)
         tallies = []
         for pack in packs:
@@ -165,13 +217,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = fsdp.mean_over_ranks(tallies, units)
         row["grad_norm"] = fsdp.clip_gradients(policy, args.max_grad_norm)
         if not math.isfinite(row["grad_norm"] + row["loss"]):
-            config.fail(f"step {step}", f"loss {row['loss']}, gradient norm {row['grad_norm']}", "weights left as they were")
+            config.fail(
+                f"step {step}",
+                f"loss {row['loss']}, gradient norm {row['grad_norm']}",
+                "weights left as they were",
+            )
         optimizer.step()
         optimizer.zero_grad()
 
         tokens = sum(lengths[group] for group in counted)
         seconds = time.perf_counter() - began
-        row |= {"split": "train", "step": step, "epoch": step / steps_per_epoch, "examples": len(counted), "tokens": tokens}
+        row |= {
+            "split": "train",
+            "step": step,
+            "epoch": step / steps_per_epoch,
+            "examples": len(counted),
+            "tokens": tokens,
+        }
         row |= {"lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "tok_per_s": tokens / seconds}
         config.write_row(args, rank, total, row)
 

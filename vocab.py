@@ -1,19 +1,21 @@
 """The output head, walked in chunks: the only place where a tensor with a vocabulary axis is born and dies.
 
-`token_statistics` turns the hidden states of N trained tokens into log pi(y|s) and, where a reference is given, into
-log pi_ref(y|s), the KL and a risk measure of each next-token distribution. The forward pass keeps O(N) numbers; the
-backward pass recomputes the logits chunk by chunk and uses the closed form
+`token_statistics` turns the hidden states of N trained tokens into log pi(y|s) and, where a reference is
+given, into log pi_ref(y|s), the KL and a risk measure of each next-token distribution. The forward pass keeps
+O(N) numbers; the backward pass recomputes the logits chunk by chunk and uses the closed form
 
     d logp / d logits = onehot(y) - pi            d risk / d logits = pi sum(q) - q,  q = risk.weights
 
 so nothing of shape (N, V) ever lives, and one backward serves every measure of risk.py.
 
-Logits are fp32 outputs even of bf16 operands: bf16 logits move in steps of 0.125 at 31, which drowns a KL of 1e-4.
-CUDA has a kernel for that. On a CPU an fp32 matmul of bf16-valued operands at precision "medium" runs on the bf16
-units and accumulates and returns fp32; the setting is scoped to that matmul, for it rounds the operands of any other.
+Logits are fp32 outputs even of bf16 operands: bf16 logits move in steps of 0.125 at 31, which drowns a KL of
+1e-4. CUDA has a kernel for that. On a CPU an fp32 matmul of bf16-valued operands at precision "medium" runs
+on the bf16 units and accumulates and returns fp32; the setting is scoped to that matmul, for it rounds the
+operands of any other.
 
 Left out: sampling, top-k of the logits, anything that would keep a chunk alive.
 """
+
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -32,7 +34,8 @@ class Head(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Statistics of N trained tokens, each (N,) nats in fp32 (fp64 for fp64 operands); None without a reference."""
+    """Statistics of N trained tokens, each (N,) nats in fp32 (fp64 for fp64 operands); None without a
+    reference."""
 
     logps: Tensor
     ref_logps: Tensor | None = None
@@ -54,26 +57,31 @@ def token_statistics(
 ) -> Tokens:
     """Per-token statistics of a language model's head, without an (N, V) tensor.
 
-    hidden (N, D), head.weight (V, D), targets (N,) -> Tokens of (N,) each, in nats. `reference` is the reference's
-    (hidden, head), which gets no gradient; with it come ref_logps, kl, and, with a `measure` of risk.py
-    (hyper-parameters bound by functools.partial), risk. Gradients reach hidden, head.weight and head.bias through
-    logps and through the one drift named by `through` ("kl", "risk" or None); the other drift is a constant.
-    `chunk_size` positions are projected at a time; None fits a block of logits into CHUNK_BYTES. No result depends
-    on it beyond the rounding of a matmul.
+    hidden (N, D), head.weight (V, D), targets (N,) -> Tokens of (N,) each, in nats. `reference` is the
+    reference's (hidden, head), which gets no gradient; with it come ref_logps, kl, and, with a `measure` of
+    risk.py (hyper-parameters bound by functools.partial), risk. Gradients reach hidden, head.weight and
+    head.bias through logps and through the one drift named by `through` ("kl", "risk" or None); the other
+    drift is a constant. `chunk_size` positions are projected at a time; None fits a block of logits into
+    CHUNK_BYTES. No result depends on it beyond the rounding of a matmul.
 
     Raises ValueError if `through` names a drift that is not computed.
     """
     if through is not None and (reference is None or (through == "risk" and measure is None)):
-        raise ValueError(f"a gradient through {through} needs a reference" + ", a measure" * (through == "risk"))
+        raise ValueError(
+            f"a gradient through {through} needs a reference" + ", a measure" * (through == "risk")
+        )
     chunk_size = chunk_size or max(16, CHUNK_BYTES // (4 * head.weight.shape[0]))
     return Tokens(
-        *_TokenStatistics.apply(hidden, head.weight, head.bias, head, targets, reference, measure, through, chunk_size)
+        *_TokenStatistics.apply(
+            hidden, head.weight, head.bias, head, targets, reference, measure, through, chunk_size
+        )
     )
 
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, targets, reference, measure, through, chunk_size):  # noqa: ANN001
+    # noqa: ANN001
+    def forward(ctx, hidden, weight, bias, head, targets, reference, measure, through, chunk_size):
         head = Head(weight, bias, head.softcap, head.scale)
         project = _projection(head)
         project_reference = _projection(reference[1]) if reference else None
@@ -120,7 +128,9 @@ class _TokenStatistics(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = lses.dtype
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None  # (N, D)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None  # (V, D) one fp32 accumulator
+        grad_weight = (
+            torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        )  # (V, D) one fp32 accumulator
         grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None  # (V,)
         for index, rows in enumerate(_chunks(hidden.shape[0], ctx.chunk_size)):
             logits = project(hidden[rows])  # (n, V)
@@ -130,8 +140,11 @@ class _TokenStatistics(torch.autograd.Function):
                 cost, probability = _cost_and_probability(logits, lse, ref_logits, ctx.ref_lses[rows])
                 state = ctx.states[index] if ctx.states and ctx.drift == 3 else None
                 weights = ctx.measure(cost, probability, state).weights  # (n, V)
-                # the policy's probability gets -g from logps and g sum(q) from the drift: one multiply for both
-                scale = drift_gradient[rows, None] * weights.sum(-1, keepdim=True) - gradient[rows, None]  # (n, 1)
+                # the policy's probability gets -g from logps and g sum(q) from the drift: one multiply for
+                # both
+                scale = (
+                    drift_gradient[rows, None] * weights.sum(-1, keepdim=True) - gradient[rows, None]
+                )  # (n, 1)
             else:
                 scale = -gradient[rows, None]  # (n, 1)
             slope = _softcap_slope(logits, head)  # (n, V) or None, before the logits are overwritten
@@ -158,7 +171,9 @@ def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, total, size)]
 
 
-def _cost_and_probability(logits: Tensor, lse: Tensor, ref_logits: Tensor, ref_lse: Tensor) -> tuple[Tensor, Tensor]:
+def _cost_and_probability(
+    logits: Tensor, lse: Tensor, ref_logits: Tensor, ref_lse: Tensor
+) -> tuple[Tensor, Tensor]:
     """x = log pi_ref - log pi_theta and p = pi_ref, (n, V) each. Overwrites ref_logits.
 
     The logits are subtracted first: neighbours subtract without rounding, and equal models give exactly 0.
@@ -199,7 +214,8 @@ def _add_outer(total: Tensor, upstream: Tensor, hidden: Tensor) -> None:
 
 
 def _at_precision(dtype: torch.dtype, multiply: Callable[[], Any]) -> Any:
-    """An fp32 product of operands whose values fit `dtype`: exact products, fp32 sums, on the bf16 units for bf16."""
+    """An fp32 product of operands whose values fit `dtype`: exact products, fp32 sums, on the bf16 units for
+    bf16."""
     if dtype != torch.bfloat16:
         return multiply()
     before = torch.get_float32_matmul_precision()

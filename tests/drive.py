@@ -1,11 +1,13 @@
-"""Runs training jobs with the real scripts, several in one process group, and keeps what a run does not write.
+"""Runs training jobs with the real scripts, several in one process group, and keeps what a run does not
+write.
 
     python tests/drive.py JOBS.json          torchrun --nproc-per-node 2 tests/drive.py JOBS.json
 
-A job is {"script", "argv", "mutation": [old, new] or null}. The script's source is executed as it stands, or with one
-line replaced: the mutation that must turn a test red. Into the run directory goes gradients.pt, the whole gradients of
-every optimiser step before clipping, from rank 0.
+A job is {"script", "argv", "mutation": [old, new] or null}. The script's source is executed as it stands, or
+with one line replaced: the mutation that must turn a test red. Into the run directory goes gradients.pt, the
+whole gradients of every optimiser step before clipping, from rank 0.
 """
+
 import json
 import os
 import sys

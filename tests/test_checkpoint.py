@@ -153,7 +153,6 @@ def test_kill_during_a_save(moment, run, fresh, monkeypatch):
     checkpoint.save(run, 3, *fresh, ARGS, 2)
     assert names(run) == ["step-2", "step-3"]
     assert names(run / "step-3") == [".metadata", "__0_0.distcp", "trainer.json"]
-    assert resume(run, "step-3", fresh) == 3
 
 
 def test_foreign_names_are_ignored(run, fresh, capfd):
@@ -275,7 +274,8 @@ def test_export_loads(name, dtype, tmp_path):
     checkpoint.export(lm[0], tokenizer, tmp_path / "final", dtype)
     whole = {key[3:]: value.to(dtype) for key, value in tensors(*lm).items() if " " not in key}
     assert ("lm_head.bias" in whole) == (name == "phi") and whole.get("lm_head.bias", torch.ones(1)).any()
-    assert len(load_file(tmp_path / "final" / "model.safetensors")) == len(whole)  # a tied head once
+    written = load_file(tmp_path / "final" / "model.safetensors")
+    assert len(written) == len(whole) and {v.dtype for v in written.values()} == {dtype}  # a tied head once
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not any(report.values()) and loaded.config.dtype == dtype
     assert same(dict(loaded.named_parameters()), whole)

@@ -1,4 +1,5 @@
 """End to end: the real scripts on a tiny model, against plain transformers, on 1 and 2 processes."""
+
 import json
 import math
 import os
@@ -44,7 +45,8 @@ MUTATIONS = {
 def arguments(kind: str, base: Path, out: Path, *more: str) -> list[str]:
     return [
         "--model", str(base / "policy"), "--data", str(base / "train.jsonl"), "--out", str(out),
-        "--batch-size", str(BATCH), "--steps", str(STEPS), "--lr", str(LR), "--adam-eps", str(EPS), "--warmup-steps", "0",
+        "--batch-size", str(BATCH), "--steps", str(STEPS), "--lr", str(LR), "--adam-eps", str(EPS),
+        "--warmup-steps", "0",
         "--max-grad-norm", str(CLIP), "--dtype", "float32", "--max-length", "128", "--device", "cpu",
         *([] if kind == "sft" else ["--reference", str(base / "reference")]), *KINDS[kind], *more,
     ]  # fmt: skip
@@ -71,7 +73,12 @@ def base(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("train")
     tiny = ROOT / "examples" / "tiny"
     settings = json.loads((tiny / "config.json").read_text())
-    settings |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     settings |= {"head_dim": 8, "intermediate_size": 48, "initializer_range": 0.1}
     shutil.copytree(tiny, base / "tiny")
     (base / "tiny" / "config.json").write_text(json.dumps(settings))
@@ -109,7 +116,9 @@ def runs(base) -> Path:
         for index, (kind, old, new) in enumerate(MUTATIONS.values()):
             out = base / f"mutant{index}-{processes}"
             more = ["--tokens-per-microbatch", "120", "--steps", "1"]
-            jobs.append({"script": script(kind), "argv": arguments(kind, base, out, *more), "mutation": [old, new]})
+            jobs.append(
+                {"script": script(kind), "argv": arguments(kind, base, out, *more), "mutation": [old, new]}
+            )
         launch(base, jobs, processes)
         jobs = []
         for kind in KINDS:  # what a kill after the save of step 5 leaves
@@ -117,7 +126,16 @@ def runs(base) -> Path:
             out.mkdir()
             shutil.copytree(done / "step-5", out / "step-5")
             shutil.copy(done / "metrics.jsonl", out / "metrics.jsonl")
-            more = ["--steps", "10", "--save-every", "5", "--tokens-per-microbatch", "200", "--resume", "auto"]
+            more = [
+                "--steps",
+                "10",
+                "--save-every",
+                "5",
+                "--tokens-per-microbatch",
+                "200",
+                "--resume",
+                "auto",
+            ]
             more += ["--eval-data", str(base / "test.jsonl"), "--eval-every", "5"]
             jobs.append({"script": script(kind), "argv": arguments(kind, base, out, *more)})
         launch(base, jobs, processes)
@@ -129,11 +147,13 @@ def rows(run: Path, split: str = "train") -> list[dict]:
     return [row for row in map(json.loads, lines) if row["split"] == split]
 
 
-# ---- the oracle: plain transformers, one padded sequence at a time, written from the formulas ------------------------
+# ---- the oracle: plain transformers, one padded sequence at a time, written from the formulas
+# ------------------------
 
 
 def tokens_of(row: dict, tokenizer) -> tuple[list[int], list[list[int]]]:
-    """ChatML by hand: prompt ids, and the ids of the chosen and the rejected answer with their end of turn."""
+    """ChatML by hand: prompt ids, and the ids of the chosen and the rejected answer with their end of
+    turn."""
     text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in row["prompt"])
     prompt = tokenizer(text + "<|im_start|>assistant\n")["input_ids"]
     answers = [tokenizer(row[key] + "<|im_end|>")["input_ids"] for key in ("chosen", "rejected")]
@@ -181,7 +201,9 @@ def oracle(base) -> dict:
     table = [json.loads(line) for line in (base / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     found = {}
     for kind in KINDS:
-        policy = AutoModelForCausalLM.from_pretrained(base / "policy", dtype=torch.float32, attn_implementation="eager")
+        policy = AutoModelForCausalLM.from_pretrained(
+            base / "policy", dtype=torch.float32, attn_implementation="eager"
+        )
         reference = AutoModelForCausalLM.from_pretrained(base / "reference", dtype=torch.float32)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, eps=EPS, weight_decay=0.0)
         losses, norms, gradients = [], [], []
@@ -204,13 +226,19 @@ def oracle(base) -> dict:
                 parameter.grad.mul_(min(1.0, CLIP / norms[-1]))
             optimizer.step()
             optimizer.zero_grad()
-        found[kind] = (losses, norms, gradients, {n: p.detach().clone() for n, p in policy.named_parameters()})
+        found[kind] = (
+            losses,
+            norms,
+            gradients,
+            {n: p.detach().clone() for n, p in policy.named_parameters()},
+        )
     return found
 
 
 def disagreement(run: Path, truth: tuple) -> tuple[float, float]:
-    """Largest relative differences, floor 1e-7: of the first step's gradients per tensor and of every loss and norm;
-    and of the later gradients, which AdamW's division by small second moments has made less alike."""
+    """Largest relative differences, floor 1e-7: of the first step's gradients per tensor and of every loss
+    and norm; and of the later gradients, which AdamW's division by small second moments has made less
+    alike."""
     losses, norms, gradients, _ = truth
     worst = [0.0, 0.0]
     recorded = torch.load(run / "gradients.pt")
@@ -241,7 +269,12 @@ def test_gradients_losses_and_parameters_are_those_of_plain_training(runs, oracl
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_and_microbatches_change_nothing(runs, kind):
     first = runs / f"{kind}-1-one"
-    truth = ([r["loss"] for r in rows(first)], [r["grad_norm"] for r in rows(first)], torch.load(first / "gradients.pt"), {})
+    truth = (
+        [r["loss"] for r in rows(first)],
+        [r["grad_norm"] for r in rows(first)],
+        torch.load(first / "gradients.pt"),
+        {},
+    )
     for processes in (1, 2):
         for budget in BUDGETS:
             first_step, later = disagreement(runs / f"{kind}-{processes}-{budget}", truth)
@@ -274,7 +307,9 @@ def test_five_steps_resume_five_steps_is_ten_steps_bit_for_bit(runs, kind, proce
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_is_the_same_on_two_processes(runs, kind):
-    for one, two in zip(rows(runs / f"{kind}-1-ten", "eval"), rows(runs / f"{kind}-2-ten", "eval"), strict=True):
+    for one, two in zip(
+        rows(runs / f"{kind}-1-ten", "eval"), rows(runs / f"{kind}-2-ten", "eval"), strict=True
+    ):
         assert one["step"] == two["step"]
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
     assert [row["step"] for row in rows(runs / f"{kind}-1-ten", "eval")] == [0, 5, 10]
@@ -288,14 +323,24 @@ def test_the_export_is_an_ordinary_model(runs, kind):
     assert "lm_head.weight" not in load_file(final / "model.safetensors")  # tied
     tokenizer = AutoTokenizer.from_pretrained(final)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        [{"role": "user", "content": "Hello"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=False,
     )
     assert lm.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
 
 
 def plain_run(base: Path, name: str, *more: str) -> subprocess.CompletedProcess:
     out = base / name
-    command = [sys.executable, "align.py", "--model", str(base / "policy"), "--data", str(base / "train.jsonl")]
+    command = [
+        sys.executable,
+        "align.py",
+        "--model",
+        str(base / "policy"),
+        "--data",
+        str(base / "train.jsonl"),
+    ]
     command += ["--out", str(out), "--steps", "2", "--batch-size", "4", "--max-length", "128", "--eval-data"]
     command += [str(base / "test.jsonl"), "--device", "cpu", *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -304,7 +349,8 @@ def plain_run(base: Path, name: str, *more: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("loss", ["tdpo2", "ra_dpo2"])
 def test_step_zero_is_exact_zero_with_a_live_reference(base, dtype, loss):
-    """align.py itself asserts it pair by pair; here its log must say so. Red when the reference is loaded otherwise."""
+    """align.py itself asserts it pair by pair; here its log must say so. Red when the reference is loaded
+    otherwise."""
     done = plain_run(base, f"zero-{dtype}-{loss}", "--dtype", dtype, "--loss", loss)
     assert done.returncode == 0, done.stderr[-3000:]
     run = base / f"zero-{dtype}-{loss}"

@@ -1,4 +1,5 @@
 """The chunked head against a plain (N, V) head in autograd, and against finite differences."""
+
 import functools
 import math
 
@@ -31,7 +32,8 @@ def case(n=7, d=5, v=23, dtype=torch.float64, bias=True, seed=0):
 
 
 def plain(hidden, head, targets, ref, measure):
-    """The same statistics with full logits and autograd; the measure's weights held fixed, as d risk / d x = q."""
+    """The same statistics with full logits and autograd; the measure's weights held fixed, as d risk / d x =
+    q."""
 
     def logits(h, head):
         z = (h @ head.weight.T + (0 if head.bias is None else head.bias)) * head.scale
@@ -93,7 +95,9 @@ def test_equals_the_plain_head(name, through, softcap, bias):
 def test_only_the_named_drift_has_a_gradient():
     hidden, weight, bias, ref, targets = case()
     for through in (None, "kl", "risk"):
-        out = vocab.token_statistics(hidden, vocab.Head(weight, bias), targets, ref, MEASURES["cvar"], through)
+        out = vocab.token_statistics(
+            hidden, vocab.Head(weight, bias), targets, ref, MEASURES["cvar"], through
+        )
         assert (out.kl.requires_grad, out.risk.requires_grad) == (through == "kl", through == "risk")
     with pytest.raises(ValueError, match="needs a reference"):
         vocab.token_statistics(hidden, vocab.Head(weight, bias), targets, None, None, "kl")
@@ -116,7 +120,9 @@ def test_chunk_size_changes_nothing(chunk):
     results = []
     for size in (chunk, 8):
         out = vocab.token_statistics(hidden, head, targets, ref, MEASURES["cvar"], "risk", size)
-        grads = torch.autograd.grad((out.logps * out.risk.detach()).sum() + out.risk.sum(), (hidden, weight, bias))
+        grads = torch.autograd.grad(
+            (out.logps * out.risk.detach()).sum() + out.risk.sum(), (hidden, weight, bias)
+        )
         results.append([*out, *grads])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
@@ -183,7 +189,8 @@ def test_same_weights_give_exact_zeros():
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_no_vocabulary_axis_outlives_a_chunk(mode):
-    """Every tensor autograd saves and every tensor alive between chunks is smaller than two chunks of logits."""
+    """Every tensor autograd saves and every tensor alive between chunks is smaller than two chunks of
+    logits."""
     n, d, v, chunk = 64, 4, 1000, 4
     hidden, weight, bias, ref, targets = case(n=n, d=d, v=v, dtype=torch.float32)
     largest = 0
