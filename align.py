@@ -40,64 +40,32 @@ RISKS = config.functions_returning(risk, risk.Risk)
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     made = config.parser(__doc__.splitlines()[0])
     add = made.add_argument
+    # fmt: off
     add("--model", required=True, help="policy to start from: a directory or a hub name")
     add("--reference", default=None, help="frozen reference model; None: the policy's start")
-    add(
-        "--weights",
-        choices=("pretrained", "random"),
-        default="pretrained",
-        help="random: from config.json and --seed",
-    )
+    add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
     add("--data", required=True, help="hh, NAME=DIR, or a .jsonl or .json file of pairs")
-    add(
-        "--eval-data",
-        default=None,
-        help="held-out pairs; None: the test split of a named --data, else no evaluation",
-    )
+    add("--eval-data", default=None, help="held-out pairs; None: the test split of a named --data, else none")
     add("--chat-template", default=None, help="plain, raw or a file; None: the tokenizer's own, else plain")
     add("--loss", choices=LOSSES, default="dpo")
-    add(
-        "--risk",
-        choices=RISKS,
-        default=None,
-        help="measure of the losses that take one; None: cvar for those",
-    )
+    add("--risk", choices=RISKS, default=None, help="of the losses that take one; None: cvar for those")
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
     add("--max-prompt-length", type=config.count, default=None, help="tokens; None: half of --max-length")
     add("--batch-size", type=config.count, default=16, help="pairs of one optimiser step, over all ranks")
-    add(
-        "--tokens-per-microbatch",
-        type=config.count,
-        default=4096,
-        help="tokens a rank packs at a time; memory only",
-    )
+    add("--tokens-per-microbatch", type=config.count, default=4096, help="packed at a time by a rank; memory only")
     add("--epochs", type=config.count, default=1)
-    add(
-        "--steps",
-        type=config.count_or_zero,
-        default=None,
-        help="optimiser steps instead of --epochs; 0 only evaluates",
-    )
+    add("--steps", type=config.count_or_zero, default=None, help="instead of --epochs; 0 only evaluates")
     add("--lr", type=config.positive, default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-steps", type=config.count_or_zero, default=150, help="linear from 0; then a cosine to 0")
     add("--weight-decay", type=config.not_negative, default=0.0)
     add("--adam-eps", type=config.positive, default=1e-8)
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over the step's pairs")
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of the body; master weights are fp32",
-    )
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
     add("--activation-checkpointing", choices=("none", "full"), default="full")
-    add(
-        "--eval-every",
-        type=config.count_or_zero,
-        default=100,
-        help="optimiser steps; 0: only at the start and the end",
-    )
-    add("--eval-examples", type=config.count, default=256, help="held-out pairs, the same ones every time")
+    add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: only at the start and the end")
+    add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
     add("--seed", type=config.count_or_zero, default=0)
+    # fmt: on
     config.add_run_flags(made)
     config.add_hyperparameters(made, LOSSES, "hyper-parameters of --loss")
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
@@ -311,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank == 0:
         config.rewind_log(args.out, start)
     say(
-        f"start at step {start} of {total}: {args.loss}, {len(train)} pairs, {world_size} processes, {device.type}"
+        f"start at step {start} of {total}: {args.loss}, {len(train)} pairs, {world_size} ranks, {device.type}"
     )
     same_weights = objective.has_reference and args.reference in (None, args.model)
 

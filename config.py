@@ -136,8 +136,8 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
 # What a resumed run may change: where and how often it writes, how long and how fast it goes on.
 FREE_FLAGS = (
     "out", "resume", "save_every", "keep_last", "log_every", "device", "trust_remote_code",
-    "tokens_per_microbatch", "eval_data", "eval_every", "eval_examples", "epochs", "steps", "lr", "warmup_steps", "max_grad_norm",
-    "activation_checkpointing",
+    "tokens_per_microbatch", "activation_checkpointing", "eval_data", "eval_every", "eval_examples",
+    "epochs", "steps", "lr", "warmup_steps", "max_grad_norm",
 )  # fmt: skip
 
 

@@ -375,7 +375,7 @@ def encode_all(
     lengths = sorted(example.tokens for example in encoded)
     middle, high = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
     say(
-        f"{source}: {len(encoded)} examples of {middle} tokens (median), {high} (95 %), {lengths[-1]} (longest). "
+        f"{source}: {len(encoded)} examples of {middle} (median), {high} (95 %), {lengths[-1]} (most) tokens. "
         f"{reasons}"
     )
     first = encoded[0]

@@ -74,6 +74,7 @@ def smooth(values: list[float], width: int = 10) -> list[float]:
 
 
 def draw(runs: dict[str, dict], out: Path) -> None:
+    """Six panels over optimiser steps, one colour a run; the PNG appears when complete."""
     try:
         import matplotlib
     except ImportError:
