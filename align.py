@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
     add("--max-prompt-length", type=config.count, default=None, help="tokens; None: half of --max-length")
     add("--batch-size", type=config.count, default=16, help="pairs of one optimiser step, over all ranks")
-    add("--tokens-per-microbatch", type=config.count, default=4096, help="packed at a time by a rank; memory only")
+    add("--tokens-per-microbatch", type=config.count, default=4096, help="packed by a rank; memory only")
     add("--epochs", type=config.count, default=1)
     add("--steps", type=config.count_or_zero, default=None, help="instead of --epochs; 0 only evaluates")
     add("--lr", type=config.positive, default=5e-6, help="peak learning rate of AdamW")
@@ -71,11 +71,22 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
     args = config.parse(made, argv)
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
+    if args.max_prompt_length >= args.max_length:
+        config.fail(
+            f"--max-prompt-length {args.max_prompt_length} must be less than --max-length {args.max_length}"
+        )
     if args.risk and "risk" not in inspect.signature(LOSSES[args.loss]).parameters:
         config.fail(f"--loss {args.loss} takes no --risk")
     if args.risk is None and "risk" in inspect.signature(LOSSES[args.loss]).parameters:
         args.risk = "cvar"
+    config.resolve_hyperparameters(args, chosen(args), [*LOSSES.values(), *RISKS.values()])
     return args
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Callable]:
+    """The functions whose keyword-only parameters are flags of this run."""
+    risks = {f"--risk {args.risk}": RISKS[args.risk]} if args.risk else {}
+    return {f"--loss {args.loss}": LOSSES[args.loss], **risks}
 
 
 def statistics(pack: data.Pack, tokens: vocab.Tokens) -> dict[str, Tensor | None]:
@@ -111,11 +122,10 @@ class Objective(NamedTuple):
 
 
 def make_objective(args: argparse.Namespace) -> Objective:
-    owners = {f"--loss {args.loss}": LOSSES[args.loss]}
-    if args.risk:
-        owners[f"--risk {args.risk}"] = RISKS[args.risk]
-    settings = config.hyperparameters(args, owners, [*LOSSES.values(), *RISKS.values()])
-    bound = [functools.partial(function, **given) for function, given in zip(owners.values(), settings)]
+    bound = []
+    for function in chosen(args).values():
+        settings = {name: getattr(args, name) for name in config.hyperparameter_names(function)}
+        bound.append(functools.partial(function, **settings))
     needs = config.positional(LOSSES[args.loss])
     through = next((name for name in ("risk", "kl") if name in needs), None)
     return Objective(bound[0], needs, bound[1] if args.risk else None, through)
@@ -140,10 +150,7 @@ def load_pairs(
 ) -> list[data.Encoded]:
     """Read and encode; says what was left out and why. Raises ValueError if nothing is left."""
     examples, dropped = data.load(source, split)
-    examples = [
-        example if data.best_and_worst(example.scores) else "no completion is the better one"
-        for example in examples
-    ]
+    examples = [data.usable_pair(example) for example in examples]
     return data.encode_all(
         examples, dropped, tokenizer, template, args.max_length, args.max_prompt_length, source, say
     )
@@ -258,7 +265,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             model.load(args.reference or args.model, dtype, *options) if objective.has_reference else None
         )
         model.check_vocabulary(tokenizer, policy, reference)
-        lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if args.activation_checkpointing == "full":
         model.checkpoint_activations(policy)
     fsdp.shard(policy, policy.blocks, dtype, device)
@@ -276,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = checkpoint.resume(
             args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device
         )
+    lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if rank == 0:
         config.rewind_log(args.out, start)
     say(

@@ -12,6 +12,8 @@ Left out: asynchronous saves, object stores, optimisers other than AdamW.
 """
 
 import argparse
+import contextlib
+import copy
 import json
 import os
 import pickle
@@ -20,15 +22,16 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, NoReturn, Sequence
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import fsdp
 
@@ -139,15 +142,28 @@ def resume(
     state = _state(model, optimizer)
     if record["world_size"] != fsdp.ranks()[1]:
         state = {key: value for key, value in state.items() if not key.startswith("rng_")}
-    dcp.load(state, storage_reader=SafeReader(str(path)))
+    _read(path, state)
     for name, value in state.items():
         if name.startswith("rng_"):
             torch.set_rng_state(value)
     return record["step"]
 
 
+def _read(path: Path, state: dict[str, Any], **options: Any) -> None:
+    """Fill a state from a checkpoint. Raises ValueError for anything but tensors of its names and shapes."""
+    try:
+        SafeReader(str(path)).read_metadata()  # by itself first: within dcp.load its refusal would be wrapped
+        dcp.load(state, storage_reader=SafeReader(str(path)), **options)
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: unreadable metadata ({type(error).__name__}: {error})") from error
+    except CheckpointException as error:  # a BaseException
+        cause = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        raise ValueError(f"{path}: does not fit this model: {cause}") from error
+
+
 def _find(out: Path, choice: str, device: torch.device) -> Path | None:
-    """The checkpoint to resume from, the same on all ranks; rank 0 checks sizes and checksums."""
+    """The checkpoint to resume from, the same on all ranks. Rank 0 checks sizes and checksums; with "auto" it puts a
+    damaged one aside, so that the step can be written again."""
     candidates = complete(out)
     if choice != "auto":
         names = ", ".join(path.name for path in candidates) or "none"
@@ -155,24 +171,34 @@ def _find(out: Path, choice: str, device: torch.device) -> Path | None:
         if not candidates:
             raise ValueError(f"no complete checkpoint at {out / choice} (complete: {names})")
     chosen = -1
-    if fsdp.ranks()[0] == 0:
-        for index, path in enumerate(candidates):
-            damage = _damage(path)
-            if not damage:
-                chosen = index
-                break
-            print(f"warning: {path}: {damage}; passed over", file=sys.stderr, flush=True)
-    chosen = fsdp.from_rank_zero(chosen, device)
-    if chosen < 0 and choice != "auto":
-        raise ValueError(f"{candidates[0]}: damaged")
+    damage = "damaged"
+    for index, path in enumerate(candidates if fsdp.ranks()[0] == 0 else []):
+        damage = _damage(path)
+        if not damage:
+            chosen = index
+            break
+        if choice != "auto" or "this program reads" in damage:
+            break
+        print(f"warning: {path}: {damage}; passed over", file=sys.stderr, flush=True)
+        aside = path.with_name(f".damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+    else:
+        damage = ""
+    refused = bool(damage) and chosen < 0
+    chosen, refused = (fsdp.from_rank_zero(int(value), device) for value in (chosen, refused))
+    if refused:
+        raise ValueError(f"{out}: {damage}" if choice == "auto" else f"{candidates[0]}: {damage}")
     return candidates[chosen] if chosen >= 0 else None
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """trainer.json of a checkpoint. Raises ValueError for a newer format."""
+    """trainer.json of a checkpoint. Raises ValueError if it is not one, or of a newer format."""
     record = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or not {"format", "step", "args", "files", "world_size"} <= set(record):
+        raise ValueError("not a checkpoint's record")
     if record["format"] > FORMAT:
-        raise ValueError(f"{path}: format {record['format']}, this program reads <= {FORMAT}")
+        raise ValueError(f"format {record['format']}, this program reads <= {FORMAT}")
     return record
 
 
@@ -205,7 +231,7 @@ def _damage(path: Path) -> str:
     """What is wrong with the files of a checkpoint, or an empty string."""
     try:
         files = read_record(path)["files"]
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         return f"trainer.json: {error}"
     for name, (size, checksum) in files.items():
         file = path / name
@@ -248,8 +274,12 @@ def _write(
 ) -> None:
     """Save a state dict under another name and rename it when complete."""
     out = Path(out)
+    if out.exists() and not (out / "config.json").exists():
+        raise ValueError(f"{out}: exists and is not an exported model")
     beside = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    config = copy.deepcopy(config)  # the skeleton sets its own attention, and a live model shares its config
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     skeleton.generation_config = generation
@@ -263,35 +293,37 @@ def _write(
 
 def _export_offline(path: Path, out: Path, dtype: torch.dtype) -> None:
     """The same from a checkpoint on disk, in one process."""
+    if path.name not in [found.name for found in complete(path.parent)]:
+        raise ValueError(f"{path}: no complete checkpoint")
+    if _damage(path):
+        raise ValueError(f"{path}: {_damage(path)}")
     source = read_record(path)["args"]["model"]
     config = AutoConfig.from_pretrained(source)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    state = {"model": {f"lm.{name}": value for name, value in lm.named_parameters()}}
-    dcp.load(state, storage_reader=SafeReader(str(path)), no_dist=True)
-    _write(
-        config,
-        lm.generation_config,
-        dict(lm.named_parameters()),
-        AutoTokenizer.from_pretrained(source),
-        out,
-        dtype,
-    )
+    with contextlib.suppress(OSError):  # a model need not have one
+        lm.generation_config = GenerationConfig.from_pretrained(source)
+    _read(path, {"model": {f"lm.{name}": value for name, value in lm.named_parameters()}}, no_dist=True)
+    state = {name: value.detach() for name, value in lm.named_parameters()}
+    _write(config, lm.generation_config, state, AutoTokenizer.from_pretrained(source), out, dtype)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = _fail
     parser.add_argument("command", choices=["export"])
     parser.add_argument("step", type=Path, help="a checkpoint, RUN/step-N")
     parser.add_argument("out", type=Path, help="the directory to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    if args.step not in complete(args.step.parent) or _damage(args.step):
-        print(
-            f"error: {args.step}: {_damage(args.step) if args.step.exists() else 'no such checkpoint'}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    _export_offline(args.step, args.out, getattr(torch, args.dtype))
+    try:
+        _export_offline(args.step, args.out, getattr(torch, args.dtype))
+    except (ValueError, OSError) as error:
+        _fail(str(error))
     print(f"wrote {args.out}")
 
 

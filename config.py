@@ -29,10 +29,9 @@ def fail(where: str, what: str = "", right: str = "") -> NoReturn:
     """One line on stderr, `error: where: what (right)`, and exit code 2. Rank 0 speaks; the others wait for
     the launcher to end them, lest their exit ends rank 0 before it has spoken."""
     message = ": ".join(part for part in (where, what) if part) + (f" ({right})" if right else "")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    else:
+    if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(5)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -100,8 +99,10 @@ def not_negative(text: str) -> float:
 def count(text: str, least: int = 1) -> int:
     if not re.fullmatch(r"-?\d+", text):
         raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be >= {least}, got {text}")
+    if not least <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(
+            f"must be >= {least}" + " and < 2**31" * (int(text) > least) + f", got {text}"
+        )
     return int(text)
 
 
@@ -158,21 +159,23 @@ def add_hyperparameters(made: argparse.ArgumentParser, functions: dict[str, Call
         )
 
 
-def hyperparameters(
+def resolve_hyperparameters(
     args: argparse.Namespace, owners: dict[str, Callable], functions: Sequence[Callable]
-) -> list[dict]:
-    """The given hyper-parameters of each owner, {"--loss dpo": losses.dpo}; fails for one that no owner
-    takes. `functions` are all that could have been chosen: their flags exist."""
-    taken = [{p.name: getattr(args, p.name, p.default) for p in _hyperparameters(f)} for f in owners.values()]
-    existing = {parameter.name for function in functions for parameter in _hyperparameters(function)}
-    for key in sorted(existing & set(vars(args))):
-        if not any(key in values for values in taken):
-            flags = [f"--{name.replace('_', '-')}" for values in taken for name in values]
-            fail(
-                f"{' '.join(owners)} takes no --{key.replace('_', '-')}",
-                right=f"it takes {', '.join(flags) or 'none'}",
-            )
-    return taken
+) -> None:
+    """Put the defaults of the owners, {"--loss dpo": losses.dpo}, into args, and fail for a flag that none takes.
+    `functions` are all that could have been chosen: their flags exist."""
+    defaults = {p.name: p.default for function in owners.values() for p in _hyperparameters(function)}
+    existing = {p.name for function in functions for p in _hyperparameters(function)}
+    for key in sorted(existing & set(vars(args)) - set(defaults)):
+        takes = ", ".join(f"--{name.replace('_', '-')}" for name in defaults) or "none"
+        fail(f"{' '.join(owners)} takes no --{key.replace('_', '-')}", right=f"it takes {takes}")
+    for key, default in defaults.items():
+        setattr(args, key, getattr(args, key, default))
+
+
+def hyperparameter_names(function: Callable) -> list[str]:
+    """The names of a function's keyword-only parameters."""
+    return [parameter.name for parameter in _hyperparameters(function)]
 
 
 def _hyperparameters(function: Callable) -> list[inspect.Parameter]:
@@ -205,7 +208,10 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namesp
 def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
     if not path.is_file():
         fail(str(path), "no such file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        fail(str(path), f"cannot be read: {error}")
     try:
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
@@ -217,7 +223,12 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
     for key, value in values.items():
         flag = f"--{key.replace('_', '-')}"
         line = next(
-            (i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\W*{re.escape(key)}\b", row)), 1
+            (
+                i
+                for i, row in enumerate(text.splitlines(), 1)
+                if re.match(rf"[\s{{,]*\"?{re.escape(key)}\"?\s*[=:]", row)
+            ),
+            1,
         )
         if flag not in options or flag == "--help":
             near = difflib.get_close_matches(flag, options, 1)

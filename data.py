@@ -32,9 +32,9 @@ import json
 import os
 import sys
 from collections import Counter
-from math import ceil, isfinite
+from math import ceil
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -226,6 +226,13 @@ def read(path: str | Path) -> Iterator[Example]:
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """("file:line", value) of every non-blank line, or ("file[i]", value) of every item of a .json list."""
     opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    try:
+        yield from _parsed(path, opened)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _parsed(path: Path, opened: BinaryIO) -> Iterator[tuple[str, Any]]:
     with opened as file:
         if path.name.removesuffix(".gz").endswith(".json"):
             rows = _parse(file.read(), str(path))
@@ -303,6 +310,8 @@ def _string(value: Any, key: str, where: str) -> str:
         raise ValueError(f'{where}: "{key}" must be a string, got {json.dumps(value)[:40]}')
     if not value.strip():
         raise ValueError(f'{where}: "{key}" is empty')
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f'{where}: "{key}" has half a surrogate pair, which is no character')
     return value
 
 
@@ -323,7 +332,7 @@ def _turns(value: Any, key: str, where: str) -> list[dict[str, str]]:
             f'{where}: "{key}" must be a string or a list of turns, got {json.dumps(value)[:40]}'
         )
     for index, turn in enumerate(value):
-        if not isinstance(turn, dict) or set(turn) < {"role", "content"}:
+        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
             raise ValueError(f'{where}: {key}[{index}] must have "role" and "content"')
         if turn["role"] not in ROLES:
             raise ValueError(
@@ -334,7 +343,7 @@ def _turns(value: Any, key: str, where: str) -> list[dict[str, str]]:
 
 
 def _number(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
         raise ValueError(f'{where}: "{key}" must be a finite number, got {json.dumps(value)[:40]}')
     return float(value)
 
@@ -597,6 +606,15 @@ def best_completion(example: Example) -> Example:
     """The example with its highest-scored completion alone, for supervised fine-tuning."""
     best = max(range(len(example.scores)), key=lambda index: example.scores[index])
     return example._replace(completions=[example.completions[best]], scores=[example.scores[best]])
+
+
+def usable_pair(example: Example) -> Example | str:
+    """The example, or the reason why no pair can be made of it."""
+    pair = best_and_worst(example.scores)
+    if pair is None:
+        return "no completion is the better one"
+    best, worst = (example.completions[index] for index in pair)
+    return "chosen and rejected are the same" if best == worst else example
 
 
 def best_and_worst(scores: Sequence[float]) -> tuple[int, int] | None:

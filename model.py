@@ -71,28 +71,30 @@ def load(
     under `seed`. Raises ValueError: no such model, pickle weights, missing weights, positions shorter than
     `max_length`, or an architecture for which packed attention does not reproduce the model's own logits.
     """
-    options = {"trust_remote_code": trust_remote_code, **_local(path)}
+    trust = {"trust_remote_code": trust_remote_code}
+    options = {**trust, **_local(path)}
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its report of missing weights is ours
     try:
         config = AutoConfig.from_pretrained(path, **options)
         if weights == "random":
             torch.manual_seed(seed)
-            lm = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
         else:
             lm, report = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
             _refuse_missing(path, report, lm)
-    except OSError as error:
-        raise ValueError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # a dozen unrelated types for a directory that is not a model
+        what = str(error).strip() or type(error).__name__
+        raise ValueError(f"{path}: {what.splitlines()[0].removeprefix(f'{path}: ')}") from error
+    finally:
+        transformers_logging.set_verbosity(before)
     _check_positions(path, lm.config.get_text_config(), max_length)
     _disable_dropout(lm)
     model = LanguageModel(lm)
     _check_packing(path, model)
-    for (
-        parameter
-    ) in lm.parameters():  # not lm.to(): buffers such as rotary frequencies stay fp32, as under FSDP
+    for parameter in lm.parameters():  # not lm.to(): rotary frequencies stay fp32, as under FSDP
         parameter.data = parameter.data.to(dtype)
     return model
 

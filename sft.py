@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
     add("--max-prompt-length", type=config.count, default=None, help="tokens; None: half of --max-length")
     add("--batch-size", type=config.count, default=16, help="examples of one optimiser step, over all ranks")
-    add("--tokens-per-microbatch", type=config.count, default=4096, help="packed at a time by a rank; memory only")
+    add("--tokens-per-microbatch", type=config.count, default=4096, help="packed by a rank; memory only")
     add("--epochs", type=config.count, default=1)
     add("--steps", type=config.count_or_zero, default=None, help="instead of --epochs; 0 only evaluates")
     add("--lr", type=config.positive, default=1e-5, help="peak learning rate of AdamW")
@@ -58,6 +58,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     config.add_run_flags(made)
     args = config.parse(made, argv)
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
+    if args.max_prompt_length >= args.max_length:
+        config.fail(
+            f"--max-prompt-length {args.max_prompt_length} must be less than --max-length {args.max_length}"
+        )
     return args
 
 
@@ -134,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype = getattr(torch, args.dtype)
         policy = model.load(args.model, torch.float32, *options)
         model.check_vocabulary(tokenizer, policy)
-        lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if args.activation_checkpointing == "full":
         model.checkpoint_activations(policy)
     fsdp.shard(policy, policy.blocks, dtype, device)
@@ -149,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = checkpoint.resume(
             args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device
         )
+    lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if rank == 0:
         config.rewind_log(args.out, start)
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} ranks, {device.type}")

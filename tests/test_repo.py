@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "config": set(),
 }
 CLASS_BASES = {"NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
-BUDGET = {"align": 350, "data": 480}  # data holds four things the design keeps together: see LOG.md
+BUDGET = {"align": 350, "data": 490}  # data holds four things the design keeps together: see LOG.md
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
