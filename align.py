@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over the step's pairs")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
     add("--activation-checkpointing", choices=("none", "full"), default="full")
-    add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: only at the start and the end")
+    add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
@@ -285,9 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if rank == 0:
         config.rewind_log(args.out, start)
-    say(
-        f"start at step {start} of {total}: {args.loss}, {len(train)} pairs, {world_size} ranks, {device.type}"
-    )
+    say(f"start at step {start} of {total}: {args.loss}, {len(train)} pairs, {world_size} ranks")
     same_weights = objective.has_reference and args.reference in (None, args.model)
 
     for step in range(start, total):

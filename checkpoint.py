@@ -162,7 +162,7 @@ def _read(path: Path, state: dict[str, Any], **options: Any) -> None:
 
 
 def _find(out: Path, choice: str, device: torch.device) -> Path | None:
-    """The checkpoint to resume from, the same on all ranks. Rank 0 checks sizes and checksums; with "auto" it puts a
+    """The checkpoint to resume from, on all ranks. Rank 0 checks sizes and checksums; with "auto" it puts a
     damaged one aside, so that the step can be written again."""
     candidates = complete(out)
     if choice != "auto":

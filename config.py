@@ -162,7 +162,7 @@ def add_hyperparameters(made: argparse.ArgumentParser, functions: dict[str, Call
 def resolve_hyperparameters(
     args: argparse.Namespace, owners: dict[str, Callable], functions: Sequence[Callable]
 ) -> None:
-    """Put the defaults of the owners, {"--loss dpo": losses.dpo}, into args, and fail for a flag that none takes.
+    """Put the defaults of the owners, {"--loss dpo": losses.dpo}, into args; fail for a flag that none takes.
     `functions` are all that could have been chosen: their flags exist."""
     defaults = {p.name: p.default for function in owners.values() for p in _hyperparameters(function)}
     existing = {p.name for function in functions for p in _hyperparameters(function)}

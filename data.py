@@ -384,7 +384,7 @@ def encode_all(
     lengths = sorted(example.tokens for example in encoded)
     middle, high = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
     say(
-        f"{source}: {len(encoded)} examples of {middle} (median), {high} (95 %), {lengths[-1]} (most) tokens. "
+        f"{source}: {len(encoded)} examples, tokens {middle} (median), {high} (95 %), {lengths[-1]} (most). "
         f"{reasons}"
     )
     first = encoded[0]
@@ -541,8 +541,8 @@ def _encode_completion(
 def _continued(before: str, after: str, example: Example, template: tuple[str, str | None]) -> str:
     if not after.startswith(before):
         raise ValueError(
-            f"{example.where or 'example'}: chat template ({template[0]}): the text of the prompt is not a prefix "
-            "of the text of the conversation; pass --chat-template with one that renders turns in order"
+            f"{example.where or 'example'}: chat template ({template[0]}): the text of the prompt is not a "
+            "prefix of the text of the conversation; pass --chat-template with one that renders turns in order"
         )
     return after
 
