@@ -542,7 +542,7 @@ def _continued(before: str, after: str, example: Example, template: tuple[str, s
     if not after.startswith(before):
         raise ValueError(
             f"{example.where or 'example'}: chat template ({template[0]}): the text of the prompt is not a "
-            "prefix of the text of the conversation; pass --chat-template with one that renders turns in order"
+            "prefix of the text of the conversation; pass a --chat-template that renders turns in order"
         )
     return after
 

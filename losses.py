@@ -51,7 +51,7 @@ def cdpo(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1, epsilon:
     l(-Delta).
 
     policy_logps, ref_logps (2, B) -> losses (B,). Source: E. Mitchell, A note on DPO with noisy preferences,
-    2023, eq. 3. Raises ValueError unless beta > 0 and 0 <= epsilon < 0.5.
+    2023. Raises ValueError unless beta > 0 and 0 <= epsilon < 0.5.
     """
     _positive(beta=beta)
     if not 0 <= epsilon < 0.5:
@@ -77,8 +77,8 @@ def ipo(policy_logps: Tensor, ref_logps: Tensor, lengths: Tensor, *, tau: float 
 def tdpo1(policy_logps: Tensor, ref_logps: Tensor, kl: Tensor, *, beta: float = 0.1) -> Loss:
     """Token-level DPO, first form: l(Delta - (K_l - K_w)), gradient through both sequential KLs.
 
-    policy_logps, ref_logps, kl (2, B) -> losses (B,). Source: arXiv:2404.11999, eq. 14. own = beta (logp -
-    ref + K), the reward its code logs. Raises ValueError unless beta > 0.
+    policy_logps, ref_logps, kl (2, B) -> losses (B,). Source: arXiv:2404.11999, the TDPO1 objective. own =
+    beta (logp - ref + K), the reward its code logs. Raises ValueError unless beta > 0.
     """
     return _with_drift(policy_logps, ref_logps, kl, beta)
 
@@ -88,8 +88,8 @@ def tdpo2(
 ) -> Loss:
     """Token-level DPO, second form: l(Delta - alpha (K_l - sg(K_w))), sg = stop-gradient.
 
-    policy_logps, ref_logps, kl (2, B) -> losses (B,). Source: arXiv:2404.11999, eq. 16. own = beta (logp -
-    ref + K). Raises ValueError unless beta > 0 and alpha >= 0.
+    policy_logps, ref_logps, kl (2, B) -> losses (B,). Source: arXiv:2404.11999, the TDPO2 objective. own =
+    beta (logp - ref + K). Raises ValueError unless beta > 0 and alpha >= 0.
     """
     return _with_anchored_drift(policy_logps, ref_logps, kl, beta, alpha)
 

@@ -42,7 +42,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def kl(x: Tensor, p: Tensor, state: Tensor | None = None) -> Risk:
     """KL(pi_ref || pi_theta) = sum_v p x; q = p.
 
-    Source: TDPO, arXiv:2404.11999, eq. 9. Raises nothing.
+    Source: TDPO, arXiv:2404.11999, the sequential KL divergence. Raises nothing.
     """
     return Risk(_dot(p, x), p)
 
