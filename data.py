@@ -159,13 +159,13 @@ def hh(split: str, source: str = "Anthropic/hh-rlhf") -> Iterator[Example | str]
     empty answers. Differs from the published code, which assigns roles by parity and ignores the rejected
     dialogue's prompt.
     """
-    for row in _published_rows(source, split):
+    for row in _published_rows(source, split, ("chosen", "rejected")):
         chosen, rejected = (row[key].rpartition("\n\nAssistant:") for key in ("chosen", "rejected"))
         turns = _dialogue(chosen[0])
         answers = [chosen[2].strip(), rejected[2].strip()]
         if chosen[0] != rejected[0]:
             yield "the two dialogues differ before the last answer"
-        elif turns is None:
+        elif turns is None or any("\n\nHuman:" in answer for answer in (chosen[2], rejected[2])):
             yield "roles do not alternate"
         elif not all(answers):
             yield "an answer is empty"
@@ -176,29 +176,30 @@ def hh(split: str, source: str = "Anthropic/hh-rlhf") -> Iterator[Example | str]
 def imdb(split: str, source: str = "stanfordnlp/imdb") -> Iterator[Example | str]:
     """Film reviews (Maas et al. 2011) as plain text, for supervised fine-tuning before alignment on
     sentiment."""
-    for row in _published_rows(source, split):
+    for row in _published_rows(source, split, ("text",)):
         text = row["text"].replace("<br />", "\n").strip()
         yield Example([], [text], [1.0]) if text else "a review is empty"
 
 
-def _published_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
+def _published_rows(source: str, split: str, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of a dataset in its published form: a .jsonl(.gz) file, a local directory or a name on the hub."""
     path = Path(source)
     if path.is_file():
-        for where, row in _rows(path):
-            if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
-                raise ValueError(f"{where}: not a row of the published dataset")
-            yield row
-        return
-    if os.sep in source and source.count("/") != 1 and not path.exists():
+        rows = _rows(path)
+    elif os.sep in source and source.count("/") != 1 and not path.exists():
         raise ValueError(f"{source}: no such file or directory")
-    import datasets as hub
+    else:
+        import datasets as hub
 
-    try:
-        rows = hub.load_dataset(source, split=split)
-    except Exception as error:  # the library raises a dozen unrelated types for one user's mistake
-        raise ValueError(f"{source}: cannot load split {split!r}: {str(error).splitlines()[0]}") from error
-    yield from rows
+        try:
+            rows = enumerate(hub.load_dataset(source, split=split))
+        except Exception as error:  # the library raises a dozen unrelated types for one user's mistake
+            cause = str(error).splitlines()[0]
+            raise ValueError(f"{source}: cannot load split {split!r}: {cause}") from error
+    for where, row in rows:
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+            raise ValueError(f"{where}: not a row of the published dataset, which has {', '.join(keys)}")
+        yield row
 
 
 def _dialogue(text: str) -> list[dict[str, str]] | None:
@@ -442,11 +443,13 @@ def encode(
     prompt_text, prompt = _encode_prompt(example, tokenizer, max_prompt_length, template)
     if len(prompt) > max_prompt_length:
         return "nothing of the prompt fits"
-    budget = max_length - len(prompt)
+    budget = max(0, max_length - len(prompt))
     completions = []
     masks = []
     for completion in example.completions:
         ids, trained = _encode_completion(example, completion, prompt_text, tokenizer, template)
+        if not example.prompt and prompt == ids[: len(prompt)] and isinstance(completion, list):
+            ids, trained = ids[len(prompt) :], trained[len(prompt) :]  # the template wrote the BOS itself
         if not prompt:
             trained[0] = False  # nothing predicts the first token of all
         completions.append(ids[:budget])
@@ -487,22 +490,18 @@ def _encode_prompt(
     if len(ids) <= limit or not turns:
         return text, ids
     system = turns[: turns[0]["role"] == "system"]
-    kept = turns[len(system) :]
-    starts = [index for index, turn in enumerate(kept) if turn["role"] == "user" and index > 0]
-    for start in starts:
-        shorter = _render(tokenizer, system + kept[start:], template, True)
+    starts = [index for index in range(len(system) + 1, len(turns)) if turns[index]["role"] == "user"]
+    for start in starts + [len(turns) - 1]:
+        shorter = _render(tokenizer, system + turns[start:], template, True)
         ids = bos + _ids(tokenizer, shorter)
         if len(ids) <= limit:
             return text, ids
-    last = kept[starts[-1] :] if starts else kept
-    shortest = _render(tokenizer, system + last, template, True)
-    blank = [{**last[0], "content": "\0"}, *last[1:]] if last else []
-    frame = os.path.commonprefix([shortest, _render(tokenizer, system + blank, template, True)])
-    encoding = tokenizer(shortest, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoding["input_ids"]
-    keep = sum(end <= len(frame) for _, end in encoding["offset_mapping"])
-    tail = limit - len(bos) - keep
-    return text, bos + ids[:keep] + (ids[len(ids) - tail :] if tail > 0 else ids[keep:])
+    blank = _render(tokenizer, [*system, {**turns[-1], "content": "\0"}], template, True)
+    before, _, after = blank.partition("\0")
+    frame = [bos + _ids(tokenizer, before), _ids(tokenizer, after)]
+    room = limit - len(frame[0]) - len(frame[1])
+    content = _ids(tokenizer, shorter[len(before) : len(shorter) - len(after)])
+    return text, frame[0] + content[-room:] + frame[1] if room > 0 else ids
 
 
 def _encode_completion(
@@ -512,8 +511,7 @@ def _encode_completion(
     tokenizer: Any,
     template: tuple[str, str | None],
 ) -> tuple[list[int], list[bool]]:
-    """Ids and trained mask of what follows the prompt. Every assistant turn and its end-of-turn token are
-    trained."""
+    """Ids and trained mask of what follows the prompt: every assistant turn and its end of turn are trained."""
     if not example.prompt and isinstance(completion, str):
         ids = _ids(tokenizer, completion) + [_eos(tokenizer)]
         return ids, [True] * len(ids)
@@ -524,18 +522,27 @@ def _encode_completion(
     done = prompt_text
     for turn in turns:
         if turn["role"] == "assistant":
-            opened = _continued(done, _render(tokenizer, history, template, True), example, template)
-            between = _ids(tokenizer, opened[len(done) :])
-            closed = _render(tokenizer, [*history, turn], template, False).rstrip()
+            closed = _render(tokenizer, [*history, turn], template, False)
+            opened = (
+                _render(tokenizer, history, template, True) if history else _before(closed, turn["content"])
+            )
+            between = _ids(tokenizer, _continued(done, opened, example, template)[len(done) :])
             answer = _continued(opened, closed, example, template)[len(opened) :]
-            learned = _ids(tokenizer, answer)
-            if answer.endswith(turn["content"].rstrip()):  # the template writes no end-of-turn token
-                learned.append(_eos(tokenizer))
+            said = turn["content"] if turn["content"] in answer else turn["content"].strip()
+            end = answer.find(said) + len(said)
+            ends_itself = bool(answer[end:].strip())  # else the template writes no end-of-turn token
+            answer = answer.rstrip() if ends_itself else answer[:end]
+            learned = _ids(tokenizer, answer) + ([] if ends_itself else [_eos(tokenizer)])
             ids += between + learned
             trained += [False] * len(between) + [True] * len(learned)
-            done = closed
+            done = opened + answer
         history.append(turn)
     return ids, trained
+
+
+def _before(text: str, content: str) -> str:
+    """What a template writes before the content of a conversation's first turn."""
+    return text[: text.find(content if content in text else content.strip())]
 
 
 def _continued(before: str, after: str, example: Example, template: tuple[str, str | None]) -> str:
@@ -665,7 +672,7 @@ def _balance(groups: list[int], lengths: Sequence[int], world_size: int, budget:
     Bins come sorted by tokens, so that the ranks of one micro-batch carry nearly the same load.
     """
     by_length = sorted(groups, key=lambda index: -lengths[index])
-    rounds = max(1, ceil(sum(lengths[index] for index in groups) / (world_size * budget)))
+    rounds = max(1, ceil(sum(min(lengths[index], budget) for index in groups) / (world_size * budget)))
     while True:
         bins = [[] for _ in range(rounds * world_size)]
         loads = [0] * len(bins)

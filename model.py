@@ -21,9 +21,8 @@ import attention
 import vocab
 
 transformers_logging.disable_progress_bar()
-CHECK_TOLERANCE = (
-    2e-3  # nats, fp32: packed against plain log-probabilities of a random model or a trained one
-)
+# Of the spread of log-probabilities over positions; rounding stays under 1e-5 of it.
+CHECK_TOLERANCE = 1e-3
 
 
 class LanguageModel(nn.Module):
@@ -82,7 +81,12 @@ def load(
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
         else:
             lm, report = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+                path,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
             _refuse_missing(path, report, lm)
     except Exception as error:  # a dozen unrelated types for a directory that is not a model
@@ -164,7 +168,7 @@ def _disable_dropout(lm: nn.Module) -> None:
     for module in lm.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and (
-                "dropout" in name or (name == "p" and isinstance(module, nn.Dropout))
+                "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
             ):
                 setattr(module, name, 0.0)
 
@@ -174,26 +178,28 @@ def _check_packing(path: str, model: LanguageModel) -> None:
     """A group of two completions, packed, against two plain sequences: attention, positions, head bias,
     soft-cap, scale. Leaves the model on packed attention."""
     lm = model.lm
-    size = lm.config.get_text_config().vocab_size
-    ids = torch.randint(0, size, (12,), generator=torch.Generator().manual_seed(0))
-    prompt, chosen, rejected = ids[:5], ids[5:9], ids[9:]
+    config = lm.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    begin = 5 + (window if window <= 512 else 0)  # the prompt is longer than a window, where that is cheap
+    ids = torch.randint(0, config.vocab_size, (begin + 7,), generator=torch.Generator().manual_seed(0))
+    prompt, chosen, rejected = ids.split([begin, 4, 3])
     plain = torch.cat(
-        [lm(torch.cat([prompt, answer])[None]).logits[0, 4:].log_softmax(-1) for answer in (chosen, rejected)]
-    )  # (5 + 4, V)
+        [lm(torch.cat([prompt, answer])[None]).logits[0, begin - 1 :] for answer in (chosen, rejected)]
+    ).log_softmax(-1)  # (5 + 4, V)
     refusal = f"{path}: {type(lm).__name__} does not work with packed attention"
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         lm.set_attn_implementation(attention.NAME)
-        positions = torch.tensor([[*range(9), *range(5, 8)]])
-        predict = torch.tensor([4, 5, 6, 7, 8, 4, 9, 10, 11])
-        states = model(ids[None], positions, attention.layout([(5, [4, 3])]), predict)  # (9, D)
+        positions = torch.tensor([[*range(begin + 4), *range(begin, begin + 3)]])
+        predict = begin - 1 + torch.tensor([0, 1, 2, 3, 4, 0, 5, 6, 7])
+        states = model(ids[None], positions, attention.layout([(begin, [4, 3])]), predict)  # (9, D)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{refusal}: {str(error).splitlines()[0]}") from error
     finally:
         transformers_logging.set_verbosity(before)
-    for target in (0, size - 1):
+    for target in (0, config.vocab_size - 1):
         packed = vocab.token_statistics(states, model.head, torch.full((9,), target)).logps  # (9,)
         error = (packed - plain[:, target]).abs().max().item()
-        if not error < CHECK_TOLERANCE:
+        if not error < 1e-5 + CHECK_TOLERANCE * plain[:, target].std().item():
             raise ValueError(f"{refusal}: log-probabilities differ from its own by {error:.1e} nats")
