@@ -165,7 +165,9 @@ def hh(split: str, source: str = "Anthropic/hh-rlhf") -> Iterator[Example | str]
         answers = [chosen[2].strip(), rejected[2].strip()]
         if chosen[0] != rejected[0]:
             yield "the two dialogues differ before the last answer"
-        elif turns is None or any("\n\nHuman:" in answer for answer in (chosen[2], rejected[2])):
+        elif any("\n\nHuman:" in answer for answer in (chosen[2], rejected[2])):
+            yield "an answer holds another Human turn"
+        elif turns is None:
             yield "roles do not alternate"
         elif not all(answers):
             yield "an answer is empty"
@@ -511,7 +513,7 @@ def _encode_completion(
     tokenizer: Any,
     template: tuple[str, str | None],
 ) -> tuple[list[int], list[bool]]:
-    """Ids and trained mask of what follows the prompt: every assistant turn and its end of turn are trained."""
+    """Ids and trained mask of what follows the prompt: assistant turns and their ends of turn are trained."""
     if not example.prompt and isinstance(completion, str):
         ids = _ids(tokenizer, completion) + [_eos(tokenizer)]
         return ids, [True] * len(ids)

@@ -11,6 +11,7 @@ Left out: LoRA, sampling during training.
 """
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -157,18 +158,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.rewind_log(args.out, start)
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} ranks")
 
+    log = functools.partial(config.write_row, args, rank, total)
+
     for step in range(start, total):
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or step == start:
-            # every rank has the same plan: each optimiser step's groups, rank by rank, micro-batch by
-            # micro-batch
+            # the same on every rank: each step's groups, rank by rank and micro-batch by micro-batch
             plan = data.plan(
                 lengths, args.batch_size, world_size, args.tokens_per_microbatch, args.seed, epoch
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            config.write_row(args, rank, total, evaluate(policy, evaluated, args, device) | {"step": step})
+            log(evaluate(policy, evaluated, args, device) | {"step": step})
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last)
 
@@ -189,29 +191,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = fsdp.mean_over_ranks(tallies, units)
         row["grad_norm"] = fsdp.clip_gradients(policy, args.max_grad_norm)
         if not math.isfinite(row["grad_norm"] + row["loss"]):
-            config.fail(
-                f"step {step}",
-                f"loss {row['loss']}, gradient norm {row['grad_norm']}",
-                "weights left as they were",
-            )
+            config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
         optimizer.step()
         optimizer.zero_grad()
 
         tokens = sum(lengths[group] for group in counted)
         seconds = time.perf_counter() - began
-        row |= {
-            "split": "train",
-            "step": step,
-            "epoch": step / steps_per_epoch,
-            "examples": len(counted),
-            "tokens": tokens,
-        }
+        row |= {"split": "train", "step": step, "epoch": step / steps_per_epoch}
+        row |= {"examples": len(counted), "tokens": tokens}
         row |= {"lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "tok_per_s": tokens / seconds}
-        config.write_row(args, rank, total, row)
+        log(row)
 
     if evaluated:
-        row = evaluate(policy, evaluated, args, device)
-        config.write_row(args, rank, total, row | {"step": total})
+        log(evaluate(policy, evaluated, args, device) | {"step": total})
     if total > 0:
         if args.save_every:
             checkpoint.save(args.out, total, policy, optimizer, vars(args), args.keep_last)

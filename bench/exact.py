@@ -1,13 +1,15 @@
-"""Errors of logp, kl and cvar against fp64 on a real model, with a policy at a known small KL from the reference.
+"""Errors of logp, kl and cvar against fp64 on a real model, with a policy at a known small KL from the
+reference.
 
     python bench/exact.py --model models/smollm2 [--pairs 6] [--kl 1e-4]
 
-The policy is the reference plus Gaussian noise on its weights, scaled until the true KL per token (fp64 body and head)
-is --kl. Rows: the whole computation in fp32; the head alone in bf16 operands (what vocab.py adds: the same bf16 hidden
-states and weights in fp64 are the truth); bf16 logits instead, as most code has them; and the whole computation in
-bf16, whose error is the rounding floor of the body and no head can mend. Errors are of the mean over tokens, relative,
-and for logp the mean absolute error in nats.
+The policy is the reference plus Gaussian noise on its weights, scaled until the true KL per token (fp64 body
+and head) is --kl. Rows: the whole computation in fp32; the head alone in bf16 operands (what vocab.py adds:
+the same bf16 hidden states and weights in fp64 are the truth); bf16 logits instead, as most code has them;
+and the whole computation in bf16, whose error is the rounding floor of the body and no head can mend. Errors
+are of the mean over tokens, relative, and for logp the mean absolute error in nats.
 """
+
 import argparse
 import copy
 import functools
@@ -52,7 +54,11 @@ def rounded_logits(hidden, head, ref_hidden, ref_head, targets) -> tuple[torch.T
     ref_logps = (ref_hidden @ ref_head.weight.t()).float().log_softmax(-1)
     cost = ref_logps - logps
     probability = ref_logps.exp()
-    return logps.gather(-1, targets[:, None])[:, 0], risk.kl(cost, probability).value, CVAR(cost, probability).value
+    return (
+        logps.gather(-1, targets[:, None])[:, 0],
+        risk.kl(cost, probability).value,
+        CVAR(cost, probability).value,
+    )
 
 
 @torch.no_grad()
@@ -86,7 +92,9 @@ def main() -> None:
         if abs(found / args.kl - 1) < 0.02:
             break
         scale *= (args.kl / found) ** 0.5
-    print(f"{len(pack.targets)} tokens of {args.pairs} pairs, true KL {found:.3e}, true cvar {truth.risk.mean():.3e} a token")
+    print(
+        f"{len(pack.targets)} tokens of {args.pairs} pairs, true KL {found:.3e}, true cvar {truth.risk.mean():.3e} a token"
+    )
 
     fp32 = measure(states(policy, pack), policy.head, states(reference, pack), reference.head, pack.targets)
     low, ref_low = in_dtype(policy, torch.bfloat16), in_dtype(reference, torch.bfloat16)
@@ -100,13 +108,21 @@ def main() -> None:
     print("|---|---|---|---|---|")
     table = [
         ("body and head fp32", (fp32.logps, fp32.kl, fp32.risk), truth, "all fp64"),
-        ("head of bf16 operands, fp32 logits (vocab.py)", (bf16.logps, bf16.kl, bf16.risk), same, "same operands, fp64"),
+        (
+            "head of bf16 operands, fp32 logits (vocab.py)",
+            (bf16.logps, bf16.kl, bf16.risk),
+            same,
+            "same operands, fp64",
+        ),
         ("head of bf16 operands, bf16 logits", rounded, same, "same operands, fp64"),
         ("body bf16, head vocab.py: the floor", (bf16.logps, bf16.kl, bf16.risk), truth, "all fp64"),
     ]
     for name, (logps, kl, cvar), exact, what in table:
         error = (logps.double() - exact.logps).abs().mean().item()
-        errors = [abs(got.double().mean() / want.mean() - 1).item() for got, want in ((kl, exact.kl), (cvar, exact.risk))]
+        errors = [
+            abs(got.double().mean() / want.mean() - 1).item()
+            for got, want in ((kl, exact.kl), (cvar, exact.risk))
+        ]
         print(f"| {name} | {what} | {error:.1e} | {errors[0]:.2%} | {errors[1]:.2%} |")
 
 

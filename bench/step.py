@@ -2,11 +2,12 @@
 
     python bench/step.py --model models/smollm2 [--losses dpo ra_dpo1] [--steps 8] [--out bench/step.md]
 
-Drives the real align.py, one process a loss (so that peak memory is its own), in turns: loss by loss, round by round.
-The lower bound is the time of the step's matrix multiplications alone, at their shapes, in the run's dtype: body
-forward twice (policy, and recomputed where activations are checkpointed), backward (twice a forward), the reference's
-forward, and the head. Prints a Markdown table and one JSON line.
+Drives the real align.py, one process a loss (so that peak memory is its own), in turns: loss by loss, round
+by round. The lower bound is the time of the step's matrix multiplications alone, at their shapes, in the
+run's dtype: body forward twice (policy, and recomputed where activations are checkpointed), backward (twice a
+forward), the reference's forward, and the head. Prints a Markdown table and one JSON line.
 """
+
 import argparse
 import json
 import platform
@@ -54,13 +55,17 @@ def matmul_seconds(config, tokens: int, trained: int, recompute: bool) -> dict[s
         y = torch.randn(tokens, outer, dtype=torch.bfloat16)
         w = torch.randn(outer, inner, dtype=torch.bfloat16)
         forward += number * median_seconds(lambda x=x, w=w: x @ w.t())
-        backward += number * (median_seconds(lambda y=y, w=w: y @ w) + median_seconds(lambda x=x, y=y: y.t() @ x))
+        backward += number * (
+            median_seconds(lambda y=y, w=w: y @ w) + median_seconds(lambda x=x, y=y: y.t() @ x)
+        )
     h = torch.randn(trained, config.hidden_size, dtype=torch.bfloat16)
     w = torch.randn(config.vocab_size, config.hidden_size, dtype=torch.bfloat16)
     z = torch.randn(trained, config.vocab_size, dtype=torch.bfloat16)
     head = median_seconds(lambda: h @ w.t(), 3)
     head_backward = median_seconds(lambda: z @ w, 3) + median_seconds(lambda: z.t() @ h, 3)
-    body = forward * (3 if recompute else 2) + backward  # policy and reference forward, recomputation, backward
+    body = (
+        forward * (3 if recompute else 2) + backward
+    )  # policy and reference forward, recomputation, backward
     return {"body": body, "head": 2 * head + head_backward, "flops_rate": _rate(config, tokens, forward)}
 
 
@@ -75,9 +80,28 @@ def step_times(args: argparse.Namespace, loss: str) -> tuple[list[dict], float]:
     """Rows of the steps after the warm-up, and the peak resident set of the process in GB."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "align.py", "--model", args.model, "--data", args.data, "--loss", loss]
-        command += ["--steps", str(args.warmup + args.steps), "--batch-size", str(args.pairs), "--max-length", "512"]
-        command += ["--out", folder + "/run", "--eval-every", "0", "--device", "cpu", "--tokens-per-microbatch"]
-        command += [str(args.tokens_per_microbatch), "--activation-checkpointing", args.activation_checkpointing]
+        command += [
+            "--steps",
+            str(args.warmup + args.steps),
+            "--batch-size",
+            str(args.pairs),
+            "--max-length",
+            "512",
+        ]
+        command += [
+            "--out",
+            folder + "/run",
+            "--eval-every",
+            "0",
+            "--device",
+            "cpu",
+            "--tokens-per-microbatch",
+        ]
+        command += [
+            str(args.tokens_per_microbatch),
+            "--activation-checkpointing",
+            args.activation_checkpointing,
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
@@ -106,13 +130,17 @@ def main() -> None:
             found[loss] = (found[loss][0] + rows, max(found[loss][1], peak))
     tokenizer = model.load_tokenizer(args.model)
     template = data.chat_template(tokenizer, None)
-    encoded = [data.encode(example, tokenizer, 512, 256, template) for example in data.load(args.data, "train")[0]]
+    encoded = [
+        data.encode(example, tokenizer, 512, 256, template) for example in data.load(args.data, "train")[0]
+    ]
     trained = sum(example.trained_tokens for example in encoded) / len(encoded) * args.pairs
     tokens = statistics.mean(row["tokens"] for row in found[args.losses[0]][0])
     config = transformers.AutoConfig.from_pretrained(args.model)
     bound = matmul_seconds(config, int(tokens), int(trained), args.activation_checkpointing == "full")
     seconds = bound["body"] + bound["head"]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     base = statistics.median(row["step_s"] for row in found[args.losses[0]][0])
     lines = [
         f"{args.pairs} pairs a step, max length 512, bf16, live reference, {torch.get_num_threads()} threads of "
@@ -131,7 +159,12 @@ def main() -> None:
         lines.append(
             f"| {loss} | {step:.2f} | {step / base:.2f} | {pairs:.2f} | {speed:.0f} | {peak:.2f} | {seconds / step:.0%} |"
         )
-        record["losses"][loss] = {"step_s": step, "pairs_per_s": pairs, "tokens_per_s": speed, "peak_gb": peak}
+        record["losses"][loss] = {
+            "step_s": step,
+            "pairs_per_s": pairs,
+            "tokens_per_s": speed,
+            "peak_gb": peak,
+        }
     lines.append("")
     lines.append(
         f"Matmul lower bound {seconds:.2f} s (body {bound['body']:.2f}, head {bound['head']:.2f}) at "
