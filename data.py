@@ -200,6 +200,7 @@ def _published_rows(source: str, split: str, keys: Sequence[str]) -> Iterator[di
             raise ValueError(f"{source}: cannot load split {split!r}: {cause}") from error
     for where, row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+            where = where if isinstance(where, str) else f"{source}[{where}]"
             raise ValueError(f"{where}: not a row of the published dataset, which has {', '.join(keys)}")
         yield row
 
@@ -525,26 +526,19 @@ def _encode_completion(
     for turn in turns:
         if turn["role"] == "assistant":
             closed = _render(tokenizer, [*history, turn], template, False)
-            opened = (
-                _render(tokenizer, history, template, True) if history else _before(closed, turn["content"])
-            )
+            blank = _render(tokenizer, [*history, {**turn, "content": "\0"}], template, False)
+            before, _, after = blank.partition("\0")
+            opened = _render(tokenizer, history, template, True) if history else before
             between = _ids(tokenizer, _continued(done, opened, example, template)[len(done) :])
-            answer = _continued(opened, closed, example, template)[len(opened) :]
-            said = turn["content"] if turn["content"] in answer else turn["content"].strip()
-            end = answer.find(said) + len(said)
-            ends_itself = bool(answer[end:].strip())  # else the template writes no end-of-turn token
-            answer = answer.rstrip() if ends_itself else answer[:end]
+            ends_itself = bool(after.strip())  # else the template writes no end-of-turn token
+            answer = closed.rstrip() if ends_itself else closed[: len(closed) - len(after)]
+            answer = _continued(opened, answer, example, template)[len(opened) :]
             learned = _ids(tokenizer, answer) + ([] if ends_itself else [_eos(tokenizer)])
             ids += between + learned
             trained += [False] * len(between) + [True] * len(learned)
             done = opened + answer
         history.append(turn)
     return ids, trained
-
-
-def _before(text: str, content: str) -> str:
-    """What a template writes before the content of a conversation's first turn."""
-    return text[: text.find(content if content in text else content.strip())]
 
 
 def _continued(before: str, after: str, example: Example, template: tuple[str, str | None]) -> str:

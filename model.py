@@ -97,7 +97,7 @@ def load(
     _check_positions(path, lm.config.get_text_config(), max_length)
     _disable_dropout(lm)
     model = LanguageModel(lm)
-    _check_packing(path, model)
+    _check_packing(path, model, max_length)
     for parameter in lm.parameters():  # not lm.to(): rotary frequencies stay fp32, as under FSDP
         parameter.data = parameter.data.to(dtype)
     return model
@@ -174,13 +174,13 @@ def _disable_dropout(lm: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _check_packing(path: str, model: LanguageModel) -> None:
+def _check_packing(path: str, model: LanguageModel, max_length: int) -> None:
     """A group of two completions, packed, against two plain sequences: attention, positions, head bias,
     soft-cap, scale. Leaves the model on packed attention."""
     lm = model.lm
     config = lm.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
-    begin = 5 + (window if window <= 512 else 0)  # the prompt is longer than a window, where that is cheap
+    begin = 5 + (window if window < max_length else 0)  # a window that training reaches is reached here
     ids = torch.randint(0, config.vocab_size, (begin + 7,), generator=torch.Generator().manual_seed(0))
     prompt, chosen, rejected = ids.split([begin, 4, 3])
     plain = torch.cat(

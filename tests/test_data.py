@@ -226,7 +226,7 @@ def test_truncation_keeps_the_end_of_a_dialogue_in_whole_turns(tokenizer, name):
 @pytest.mark.parametrize("first", [0, 1, 2], ids=["system first", "user first", "assistant first"])
 def test_exactly_the_assistant_turns_of_a_conversation_are_trained(tokenizer, tmp_path, first):
     # red: headers trained; the end untrained; only the last turn trained; the turn after the last answer kept
-    talk = turns("one", "x = 1\n    y", "two  ", " three ", "more", system="s")[first:]
+    talk = turns("one", "a", "two  ", " three\n    x ", "more", system="s")[first:]
     wanted = []
     for turn in talk[:-1]:
         role, said = turn["role"], turn["content"] + "<|im_end|>"
