@@ -1,7 +1,7 @@
 """Errors of logp, kl and cvar against fp64 on a real model, with a policy at a known small KL from the
 reference.
 
-    python bench/exact.py --model models/smollm2 [--pairs 6] [--kl 1e-4]
+    python bench/exact.py --model models/smollm2 [--pairs 3] [--kl 1e-4]
 
 The policy is the reference plus Gaussian noise on its weights, scaled until the true KL per token (fp64 body
 and head) is --kl. Rows: the whole computation in fp32; the head alone in bf16 operands (what vocab.py adds:
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", default="examples/hh_test.jsonl")
-    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--kl", type=float, default=1e-4, help="true KL per token, nats")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
