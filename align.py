@@ -288,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"start at step {start} of {total}: {args.loss}, {len(train)} pairs, {world_size} ranks")
     same_weights = objective.has_reference and args.reference in (None, args.model)
 
+    config.write_status(args, rank, "running", start)
     log = functools.partial(config.write_row, args, rank, total)
 
     for step in range(start, total):
@@ -326,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = fsdp.mean_over_ranks(tallies, len(counted))
         row["grad_norm"] = fsdp.clip_gradients(policy, args.max_grad_norm)
         if not math.isfinite(row["grad_norm"] + row["loss"]):
+            config.write_status(args, rank, "failed", step)
             config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
         optimizer.step()
         optimizer.zero_grad()
@@ -344,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoint.save(args.out, total, policy, optimizer, vars(args), args.keep_last)
         checkpoint.export(policy, tokenizer, f"{args.out}/final")
         say(f"wrote {args.out}/final")
+    config.write_status(args, rank, "done", total)
     fsdp.finish()
 
 

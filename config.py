@@ -279,6 +279,12 @@ def open_run(args: argparse.Namespace, rank: int) -> Any:
     return lock
 
 
+def write_status(args: argparse.Namespace, rank: int, state: str, step: int) -> None:
+    """status.json of the run: running, done or failed, and at which optimiser step that was written."""
+    if rank == 0:
+        write_json(Path(args.out) / "status.json", {"state": state, "step": step, "time": time.time()})
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by a complete one."""
     beside = path.with_name(f".{path.name}.tmp")

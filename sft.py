@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.rewind_log(args.out, start)
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} ranks")
 
+    config.write_status(args, rank, "running", start)
     log = functools.partial(config.write_row, args, rank, total)
 
     for step in range(start, total):
@@ -191,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = fsdp.mean_over_ranks(tallies, units)
         row["grad_norm"] = fsdp.clip_gradients(policy, args.max_grad_norm)
         if not math.isfinite(row["grad_norm"] + row["loss"]):
+            config.write_status(args, rank, "failed", step)
             config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
         optimizer.step()
         optimizer.zero_grad()
@@ -209,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoint.save(args.out, total, policy, optimizer, vars(args), args.keep_last)
         checkpoint.export(policy, tokenizer, f"{args.out}/final")
         say(f"wrote {args.out}/final")
+    config.write_status(args, rank, "done", total)
     fsdp.finish()
 
 

@@ -321,6 +321,7 @@ def test_the_export_is_an_ordinary_model(runs, kind):
     lm, report = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert "lm_head.weight" not in load_file(final / "model.safetensors")  # tied
+    assert json.loads((final.parent / "status.json").read_text())["state"] == "done"
     tokenizer = AutoTokenizer.from_pretrained(final)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}],
@@ -371,4 +372,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(base):
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     done = plain_run(base, "nan", "--model", str(broken), "--dtype", "float32")
     assert done.returncode == 2 and not (base / "nan" / "final").exists()
+    assert json.loads((base / "nan" / "status.json").read_text())["state"] == "failed"
     assert [line for line in done.stderr.splitlines() if line.startswith("error:")] != []
