@@ -123,10 +123,8 @@ def load(source: str, split: str) -> tuple[list[Example], Counter]:
     name, _, place = source.partition("=")
     if name in datasets():
         rows = getattr(sys.modules[__name__], name)(split, *([place] if place else []))
-        label = source
     elif source.removesuffix(".gz").endswith((".jsonl", ".json")):
         rows = read(source)
-        label = source
     else:
         known = ", ".join(datasets())
         raise ValueError(
@@ -140,7 +138,7 @@ def load(source: str, split: str) -> tuple[list[Example], Counter]:
         else:
             examples.append(row)
     if not examples:
-        raise ValueError(f"{label}: no examples")
+        raise ValueError(f"{source}: no examples")
     return examples, dropped
 
 
