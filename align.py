@@ -1,40 +1,38 @@
-"""Align a language model from preferences with any pair loss of losses.py.
+"""Align a language model from preferences with any loss of losses.py.
 
     python align.py configs/hh_smollm2_dpo.toml --beta 0.2
-    torchrun --nproc-per-node 2 align.py --model runs/sft/final --data hh --loss ra_dpo1 --risk cvar --out
-    runs/ra
+    torchrun --nproc-per-node 2 align.py --model runs/sft/final --data hh --loss ra_dpo1 --out runs/ra
 
-One optimiser step, top to bottom: plan -> pack -> (A) the reference's hidden states, frozen -> (B) the
-policy's hidden states, the head in chunks, the loss, backward, per micro-batch -> clip -> AdamW -> log. The
-sum of the per-pair losses is divided by the number of pairs of the whole step, so nothing depends on ranks,
-micro-batches or packing.
+The signature of the loss says everything: pairs or single responses, reference or none, which heads. One
+optimiser step, top to bottom: plan -> pack -> (A) frozen: the reference's hidden states, and what KTO and PPO
+fix before a step -> (B) the policy's hidden states, the head in chunks, the loss, backward, per micro-batch
+-> clip -> AdamW -> log. The sum of the losses is divided by the number of pairs, responses or tokens of the
+whole step, so nothing depends on ranks, micro-batches or packing.
 
-Left out: unary losses, PPO, LoRA, cached references, generation during training.
+Left out: LoRA, cached references, generation during training.
 """
 
 import argparse
 import functools
-import inspect
 import math
 import sys
 import time
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor
 
 import attention
+import batch
 import checkpoint
 import config
 import data
 import fsdp
 import losses
 import model
-import risk
 import vocab
-
-LOSSES = config.functions_returning(losses, losses.Loss)
-RISKS = config.functions_returning(risk, risk.Risk)
+from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start, chosen
+from objective import make_objective, means, statistics, summed, tally
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,14 +42,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", required=True, help="policy to start from: a directory or a hub name")
     add("--reference", default=None, help="frozen reference model; None: the policy's start")
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
-    add("--data", required=True, help="hh, NAME=DIR, or a .jsonl or .json file of pairs")
-    add("--eval-data", default=None, help="held-out pairs; None: the test split of a named --data, else none")
+    add("--data", required=True, help="hh, NAME=DIR, or a .jsonl or .json file")
+    add("--eval-data", default=None, help="held-out rows; None: the test split of a named --data, else none")
     add("--chat-template", default=None, help="plain, raw or a file; None: the tokenizer's own, else plain")
     add("--loss", choices=LOSSES, default="dpo")
     add("--risk", choices=RISKS, default=None, help="of the losses that take one; None: cvar for those")
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
     add("--max-prompt-length", type=config.count, default=None, help="tokens; None: half of --max-length")
-    add("--batch-size", type=config.count, default=16, help="pairs of one optimiser step, over all ranks")
+    add("--batch-size", type=config.count, default=16, help="pairs, or responses, of a step over all ranks")
     add("--tokens-per-microbatch", type=config.count, default=4096, help="packed by a rank; memory only")
     add("--epochs", type=config.count, default=1)
     add("--steps", type=config.count_or_zero, default=None, help="instead of --epochs; 0 only evaluates")
@@ -59,7 +57,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--warmup-steps", type=config.count_or_zero, default=150, help="linear from 0; then a cosine to 0")
     add("--weight-decay", type=config.not_negative, default=0.0)
     add("--adam-eps", type=config.positive, default=1e-8)
-    add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over the step's pairs")
+    add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over the step")
+    add("--max-value-grad-norm", type=config.positive, default=0.1, help="the same, of a value head alone")
+    add("--ppo-epochs", type=config.count, default=1, help="optimiser steps on a batch, its phase A kept")
+    add("--humanline", type=config.boolean, default=False, help="clamp the log-ratio of each token")
+    add("--sync-reference-every", type=config.count_or_zero, default=0, help="steps; 0: the reference stays")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
     add("--activation-checkpointing", choices=("none", "full"), default="full")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
@@ -67,7 +69,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
     config.add_run_flags(made)
-    config.add_hyperparameters(made, LOSSES, "hyper-parameters of --loss")
+    config.add_hyperparameters(made, LOSSES | HELPERS, "hyper-parameters of --loss, and what goes with it")
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
     args = config.parse(made, argv)
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
@@ -75,109 +77,158 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         config.fail(
             f"--max-prompt-length {args.max_prompt_length} must be less than --max-length {args.max_length}"
         )
-    if args.risk and "risk" not in inspect.signature(LOSSES[args.loss]).parameters:
+    needs = config.positional(LOSSES[args.loss])
+    if args.risk and "risk" not in needs:
         config.fail(f"--loss {args.loss} takes no --risk")
-    if args.risk is None and "risk" in inspect.signature(LOSSES[args.loss]).parameters:
+    if args.risk is None and "risk" in needs:
         args.risk = "cvar"
-    config.resolve_hyperparameters(args, chosen(args), [*LOSSES.values(), *RISKS.values()])
+    through_ratio = {"policy_logps", "ref_logps"} <= set(needs) or "token_ref_logps" in needs
+    if args.humanline and (not through_ratio or {"kl", "risk"} & set(needs)):
+        config.fail(f"--loss {args.loss} takes no --humanline: it is not a function of the log-ratio alone")
+    if args.sync_reference_every and not through_ratio:
+        config.fail(f"--loss {args.loss} has no reference for --sync-reference-every")
+    for name in ("steps", "save_every", "eval_every", "sync_reference_every"):
+        if (getattr(args, name) or 0) % args.ppo_epochs:
+            config.fail(f"--{name.replace('_', '-')} must be a multiple of --ppo-epochs {args.ppo_epochs}")
+    risk_name = f" --risk {args.risk}" if args.risk else ""
+    everything = [*LOSSES.values(), *RISKS.values(), *HELPERS.values()]
+    config.resolve_hyperparameters(args, f"--loss {args.loss}{risk_name}", chosen(args), everything)
     return args
 
 
-def chosen(args: argparse.Namespace) -> dict[str, Callable]:
-    """The functions whose keyword-only parameters are flags of this run."""
-    risks = {f"--risk {args.risk}": RISKS[args.risk]} if args.risk else {}
-    return {f"--loss {args.loss}": LOSSES[args.loss], **risks}
-
-
-def statistics(pack: data.Pack, tokens: vocab.Tokens) -> dict[str, Tensor | None]:
-    """Everything a loss may ask for by name. Sums over the trained tokens of a response, nats."""
-
-    def pairs(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        responses = values.new_zeros(len(pack.ends)).index_add(0, pack.response, values)  # (R,)
-        return responses[pack.pairs]  # (2, B)
-
-    return {
-        "policy_logps": pairs(tokens.logps),  # (2, B)
-        "ref_logps": pairs(tokens.ref_logps),  # (2, B) frozen
-        "kl": pairs(tokens.kl),  # (2, B)
-        "risk": pairs(tokens.risk),  # (2, B)
-        "lengths": pairs(torch.ones_like(tokens.logps)),  # (2, B) trained tokens
-        "margins": pack.margins,  # (B,)
-    }
-
-
-class Objective(NamedTuple):
-    """What --loss and --risk say, read off the signatures of their functions."""
-
-    loss: Callable[..., losses.Loss]  # hyper-parameters bound
-    needs: list[str]  # the statistics it asks for
-    measure: vocab.Measure | None  # parameters bound
-    through: str | None  # the drift with a gradient: "kl", "risk" or None
-
-    @property
-    def has_reference(self) -> bool:
-        return any(name in ("ref_logps", "kl", "risk") for name in self.needs)
-
-
-def make_objective(args: argparse.Namespace) -> Objective:
-    bound = []
-    for function in chosen(args).values():
-        settings = {name: getattr(args, name) for name in config.hyperparameter_names(function)}
-        bound.append(functools.partial(function, **settings))
-    needs = config.positional(LOSSES[args.loss])
-    through = next((name for name in ("risk", "kl") if name in needs), None)
-    return Objective(bound[0], needs, bound[1] if args.risk else None, through)
-
-
-def dry_run(objective: Objective, example: data.Encoded) -> None:
-    """The loss and the measure on one pair of made-up statistics, before any model is loaded. Raises
-    ValueError."""
-    pack = data.pack([example])
-    ones = torch.ones(len(pack.targets))
-    if objective.measure is not None:
-        objective.measure(torch.zeros(2), torch.full((2,), 0.5), None)
-    stats = statistics(pack, vocab.Tokens(ones, ones, ones, ones))
-    unknown = [name for name in objective.needs if name not in stats]
-    if unknown:
-        raise ValueError(f"--loss needs {', '.join(unknown)}, which is not among {', '.join(stats)}")
-    objective.loss(**{name: stats[name] for name in objective.needs})
-
-
-def load_pairs(
-    source: str, split: str, tokenizer: Any, template: Any, args: argparse.Namespace, say: Callable
+def load_examples(
+    source: str,
+    split: str,
+    tokenizer: Any,
+    template: Any,
+    objective: Objective,
+    args: argparse.Namespace,
+    say: Callable,
 ) -> list[data.Encoded]:
     """Read and encode; says what was left out and why. Raises ValueError if nothing is left."""
     examples, dropped = data.load(source, split)
-    examples = [data.usable_pair(example) for example in examples]
-    return data.encode_all(
-        examples, dropped, tokenizer, template, args.max_length, args.max_prompt_length, source, say
-    )
+    if objective.pairs:
+        examples = [data.usable_pair(example, pairs=objective.pairs) for example in examples]
+    encoder = data.encode_rendered if objective.scores else data.encode
+    limits = (args.max_length, args.max_prompt_length)
+    encoded = data.encode_all(examples, dropped, tokenizer, template, *limits, source, say, encoder)
+    offsets = sum(example.margin != 0 for example in encoded)
+    if offsets and "margins" not in objective.needs:
+        say(f"{source}: {offsets} rows have a margin, which --loss {args.loss} does not use")
+    return encoded
 
 
-def hidden_states(lm: model.LanguageModel, pack: data.Pack) -> Tensor:
-    """The states that predict the trained tokens: (N, D)."""
+def hidden_states(lm: model.LanguageModel, pack: batch.Pack, ends: bool = False) -> Tensor:
+    """The states that predict the trained tokens (N, D), or the last of each response (R, D)."""
     layout = attention.layout(pack.groups).to(pack.ids.device)
-    return lm(pack.ids, pack.positions, layout, pack.predict)
+    return lm(pack.ids, pack.positions, layout, pack.ends if ends else pack.predict)
 
 
 def forward(
     objective: Objective,
     policy: model.LanguageModel,
     reference: model.LanguageModel | None,
-    pack: data.Pack,
-    frozen: Any,
+    pack: batch.Pack,
+    states: Tensor | None,
+    frozen: Frozen,
 ) -> tuple[losses.Loss, dict[str, Tensor | None]]:
-    """One micro-batch from ids to per-pair losses; `frozen` are the reference's hidden states (N, D) or
-    None."""
-    hidden = hidden_states(policy, pack)  # (N, D)
-    twin = (frozen, reference.head) if reference else None
-    tokens = vocab.token_statistics(
-        hidden, policy.head, pack.targets, twin, objective.measure, objective.through
-    )  # (N,) each
-    stats = statistics(pack, tokens)
-    return objective.loss(**{name: stats[name] for name in objective.needs}), stats
+    """One micro-batch from ids to losses; `states` are the reference's hidden states (N, D) or None."""
+    hidden = hidden_states(policy, pack, objective.scores)  # (N, D), or (R, D) for a reward model
+    tokens, values, scores = vocab.Tokens(), None, None
+    if objective.scores:
+        scores = policy.lm.score(hidden)[:, 0]  # (R,)
+    else:
+        twin = (states, reference.head) if reference else None
+        drift = (objective.measure, objective.through)
+        wanted = "token_entropy" in objective.needs
+        tokens = vocab.token_statistics(hidden, policy.head, pack.targets, twin, *drift, entropy=wanted)
+    if policy.value_head is not None:
+        values = policy.value_head(hidden.detach())[:, 0]  # (N,) the critic does not train the body
+    stats = seen = statistics(pack, tokens, bool(objective.pairs), frozen, values, scores)
+    if objective.humanline is not None:
+        clamped = tokens._replace(logps=objective.humanline(tokens.logps, tokens.ref_logps))
+        seen = statistics(pack, clamped, bool(objective.pairs), frozen, values, scores)
+    out = objective.loss(**{name: seen[name] for name in objective.needs})
+    if objective.with_sft is not None:
+        added = objective.with_sft(out.losses, stats["policy_logps"], stats["lengths"])  # (B,)
+        out = out._replace(losses=added)
+    return out, stats
+
+
+@torch.no_grad()
+def freeze(
+    objective: Objective,
+    policy: model.LanguageModel,
+    reference: model.LanguageModel | None,
+    packs: list[batch.Pack],
+    strangers: list[batch.Pack],
+    delta: Tensor,
+) -> tuple[list[Frozen], dict[str, float]]:
+    """Phase A but for the reference's states: what is fixed for each micro-batch, and what of it is logged.
+
+    `strangers` are the packs' prompts with other prompts' answers, for the KL estimate. One all_reduce of
+    fixed size makes the estimate, and the mean and variance that whiten the advantages, those of all ranks.
+    """
+    founds = [Frozen(delta=delta) for _ in packs]
+    if not objective.mismatches and objective.advantages is None:
+        return founds, {}
+    tallies = []
+    for k, (pack, stranger) in enumerate(zip(packs, strangers)):
+        sums = {}
+        if objective.mismatches:
+            twin = (hidden_states(reference, stranger), reference.head)
+            tokens = vocab.token_statistics(
+                hidden_states(policy, stranger), policy.head, stranger.targets, twin
+            )
+            if objective.humanline is not None:
+                tokens = tokens._replace(logps=objective.humanline(tokens.logps, tokens.ref_logps))
+            logratios = tokens.logps - tokens.ref_logps  # (N',)
+            peaks = logratios.new_zeros(len(stranger.ends)).scatter_reduce(
+                0, stranger.response, logratios, "amax"
+            )
+            founds[k] = founds[k]._replace(kl_token_max=peaks)  # (R,) >= 0
+            sums["kl_estimate"] = summed(by_response(logratios, stranger), pack)
+        if objective.advantages is not None:
+            values = policy.value_head(hidden_states(policy, pack))[:, 0]  # (N,)
+            gains, returns = objective.advantages(objective.rewards_of(pack), values, pack.response)  # (N,)
+            founds[k] = founds[k]._replace(old_values=values, advantages=gains, returns=returns)
+            for name, series in (("advantages", gains), ("returns", returns), ("errors", returns - values)):
+                sums[name] = summed(series, pack)
+                sums[f"{name}_squared"] = summed(series.double().square(), pack)
+        tallies.append(sums)
+    means = fsdp.mean_over_ranks(tallies)
+    logged = {}
+    if objective.mismatches:
+        logged["kl_estimate"] = means["kl_estimate"]
+        estimate = torch.tensor(means["kl_estimate"], dtype=torch.float32, device=delta.device)
+        founds = [found._replace(kl_estimate=estimate) for found in founds]
+    if objective.advantages is not None:
+        spread = {n: means[f"{n}_squared"] - means[n] ** 2 for n in ("advantages", "returns", "errors")}
+        scale = (max(0.0, spread["advantages"]) + 1e-8) ** -0.5
+        founds = [f._replace(advantages=(f.advantages - means["advantages"]) * scale) for f in founds]
+        if spread["returns"] > 1e-12:  # else there is nothing to explain
+            logged["explained_variance"] = 1 - spread["errors"] / spread["returns"]
+    return founds, logged
+
+
+def make_packs(
+    objective: Objective,
+    examples: list[data.Encoded],
+    works: list[batch.Work],
+    partners: dict[int, int],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> tuple[list[batch.Pack], list[batch.Pack]]:
+    """The micro-batches of a rank, and their prompts with other prompts' answers (or the same again)."""
+    how = objective.pairs or "best-worst"
+    packs = [batch.pack([examples[g] for g in work.groups], work.counted, how).to(device) for work in works]
+    if not partners:
+        return packs, packs
+    strangers = []
+    for work in works:
+        groups = [batch.mismatched(examples[g], examples[partners[g]], args.max_length) for g in work.groups]
+        strangers.append(batch.pack(groups, work.counted).to(device))
+    return packs, strangers
 
 
 @torch.no_grad()
@@ -186,53 +237,26 @@ def evaluate(
     policy: model.LanguageModel,
     reference: model.LanguageModel | None,
     examples: list[data.Encoded],
+    delta: Tensor,
     args: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Means over the held-out pairs, all ranks together."""
+    """Means over the held-out examples, all ranks together."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
+    partners = batch.partners(examples, range(len(examples))) if objective.mismatches else {}
+    works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
+    packs, strangers = make_packs(objective, examples, works, partners, args, device)
+    founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
     tallies = []
-    for work in data.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]:
-        pack = data.pack([examples[index] for index in work.groups], work.counted).to(device)
-        frozen = hidden_states(reference, pack) if reference else None  # (N, D)
-        out, stats = forward(objective, policy, reference, pack, frozen)
-        tallies.append(tally(out, stats, pack))
+    for pack, found in zip(packs, founds):
+        states = hidden_states(reference, pack) if reference else None  # (N, D)
+        out, stats = forward(objective, policy, reference, pack, states, found)
+        tallies.append(tally(objective, out, stats, pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
-    return {"split": "eval", "pairs": len(examples), **fsdp.mean_over_ranks(tallies, len(examples))}
-
-
-def tally(out: losses.Loss, stats: dict[str, Tensor | None], pack: data.Pack) -> dict[str, Tensor]:
-    """Sums over the pairs of a micro-batch, for division by the number of pairs; a tie is half right."""
-    sums = {"loss": out.losses @ pack.pair_weights}
-    counted = float(pack.counted)
-    for name, rewards in (("rewards", out.rewards), ("own", out.own)):
-        if rewards is not None:
-            margins = rewards[0] - rewards[1]  # (B,)
-            sums |= {
-                f"{name}/chosen": rewards[0].sum() * counted,
-                f"{name}/rejected": rewards[1].sum() * counted,
-            }
-            sums[f"{name}/margins"] = margins.sum() * counted
-            sums[f"{name}/accuracies"] = (margins.sign() + 1).sum() * (counted / 2)
-    for name, key in (("logps", "policy_logps"), ("kl", "kl"), ("risk", "risk")):
-        if stats[key] is not None:
-            sums |= {
-                f"{name}/chosen": stats[key][0].sum() * counted,
-                f"{name}/rejected": stats[key][1].sum() * counted,
-            }
-    return {name: value.detach().double() for name, value in sums.items()}
-
-
-def check_start(stats: dict[str, Tensor | None]) -> None:
-    """Policy and reference have the same weights and saw the same pack: not one bit may differ."""
-    drifts = [stats["policy_logps"] - stats["ref_logps"], stats["kl"], stats["risk"]]
-    worst = max(drift.detach().abs().max().item() for drift in drifts if drift is not None)
-    if 0 < worst < math.inf:  # what is not finite stops the step itself
-        raise RuntimeError(
-            f"policy and reference have the same weights but differ by {worst:.1e} nats at step 0"
-        )
+    number = sum(objective.units(example, objective.batch_unit) for example in examples)
+    return {"split": "eval", objective.batch_unit: number, **means(tallies), **logged}
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
@@ -245,105 +269,137 @@ def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    objective = make_objective(args)
     config.check_run(args)
     with config.user_errors():
+        objective = make_objective(args)
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
         tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
         template = data.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template[0]}")
-        train = load_pairs(args.data, "train", tokenizer, template, args, say)
+        train = load_examples(args.data, "train", tokenizer, template, objective, args, say)
+        train = objective.thin(train, args.seed) if objective.thin else train
         held_out = data.held_out_source(args.data, args.eval_data)
-        evaluated = load_pairs(held_out, "test", tokenizer, template, args, say) if held_out else []
+        evaluated = []
+        if held_out:
+            evaluated = load_examples(held_out, "test", tokenizer, template, objective, args, say)
         evaluated = data.subset(evaluated, args.eval_examples)
-        dry_run(objective, train[0])
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(args.model, torch.float32, *options)
-        reference = (
-            model.load(args.reference or args.model, dtype, *options) if objective.has_reference else None
-        )
+        reference = None
+        if objective.has_reference:
+            size = policy.head.weight.shape[0]
+            reference = model.load(args.reference or args.model, dtype, *options, vocabulary=size)
         model.check_vocabulary(tokenizer, policy, reference)
+        if objective.advantages is not None:
+            model.add_value_head(policy, args.seed)
+        if objective.scores:
+            tokenizer.pad_token_id = data.padding_id(tokenizer)
+            model.add_score(policy, tokenizer.pad_token_id)
+        for examples in filter(len, (train, evaluated) if objective.mismatches else ()):
+            batch.partners(examples, range(len(examples)))  # refused now if it cannot be done later
+    tokenizer.chat_template = template[1] or tokenizer.chat_template  # what was trained with goes along
     if args.activation_checkpointing == "full":
         model.checkpoint_activations(policy)
-    fsdp.shard(policy, policy.blocks, dtype, device)
+    fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
     if reference is not None:
         reference.requires_grad_(False)
         fsdp.shard(reference, reference.blocks, dtype, device)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
+    running = torch.zeros(2, dtype=torch.float64)  # sum and count of the rewards of the steps before
+    extra = {"running": running} if "delta" in objective.needs else {}
+    if args.sync_reference_every:
+        extra["reference"] = dict(reference.named_parameters())
 
     lengths = [example.tokens for example in train]
-    steps_per_epoch = math.ceil(len(train) / args.batch_size)
-    total = args.epochs * steps_per_epoch if args.steps is None else args.steps
+    units = [objective.units(example, objective.batch_unit) for example in train]
+    steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
+    total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
     with config.user_errors():
         start = checkpoint.resume(
-            args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device
+            args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device, extra
         )
     lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if rank == 0:
         config.rewind_log(args.out, start)
-    say(f"start at step {start} of {total}: {args.loss}, {len(train)} pairs, {world_size} ranks")
+        tokenizer.save_pretrained(f"{args.out}/tokenizer")
+    many = f"{sum(units)} {objective.batch_unit}"
+    say(f"start at step {start} of {total}: {args.loss}, {many}, {world_size} ranks")
     same_weights = objective.has_reference and args.reference in (None, args.model)
 
     config.write_status(args, rank, "running", start)
     log = functools.partial(config.write_row, args, rank, total)
 
     for step in range(start, total):
-        epoch, index = divmod(step, steps_per_epoch)
-        if index == 0 or step == start:
+        visit, update = divmod(step, args.ppo_epochs)  # optimiser steps on the same batch
+        epoch, index = divmod(visit, steps_per_epoch)
+        if (index == 0 and update == 0) or step == start:
             # the same on every rank: each step's groups, rank by rank and micro-batch by micro-batch
-            plan = data.plan(
-                lengths, args.batch_size, world_size, args.tokens_per_microbatch, args.seed, epoch
-            )
+            budget = args.tokens_per_microbatch
+            plan = batch.plan(lengths, args.batch_size, world_size, budget, args.seed, epoch, units)
+            order = batch.epoch_order(len(train), args.seed, epoch)
+            partners = batch.partners(train, order) if objective.mismatches else {}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
+        delta = (running[0] / running[1].clamp(min=1)).float().to(device)  # ()
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            log(evaluate(objective, policy, reference, evaluated, args, device) | {"step": step})
+            row = evaluate(objective, policy, reference, evaluated, delta, args, device)
+            log(row | {"step": step})
         if args.save_every and step % args.save_every == 0 and step > start:
-            checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last)
+            checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last, extra)
+        if args.sync_reference_every and step and step % args.sync_reference_every == 0:
+            fsdp.copy_parameters(policy, reference)
 
         began = time.perf_counter()
-        works = plan[index][rank]
-        counted = [group for share in plan[index] for work in share if work.counted for group in work.groups]
-        packs = [
-            data.pack([train[group] for group in work.groups], work.counted).to(device) for work in works
-        ]
-        # (A) frozen: what the loss may not change
-        with torch.no_grad():
-            frozen = [hidden_states(reference, pack) if reference else None for pack in packs]  # (N, D) each
+        if update == 0:
+            works = plan[index][rank]
+            counted = [g for share in plan[index] for work in share if work.counted for g in work.groups]
+            number = sum(objective.units(train[group]) for group in counted)
+            packs, strangers = make_packs(objective, train, works, partners, args, device)
+            # (A) frozen: what the loss may not change
+            with torch.no_grad():
+                states = [hidden_states(reference, pack) if reference else None for pack in packs]  # (N, D)
+            frozen, logged = freeze(objective, policy, reference, packs, strangers, delta)
         # (B) gradient
         tallies = []
-        for pack, states in zip(packs, frozen):
-            out, stats = forward(objective, policy, reference, pack, states)
+        for pack, twin, found in zip(packs, states, frozen):
+            out, stats = forward(objective, policy, reference, pack, twin, found)
             if step == 0 and same_weights:
                 check_start(stats)
-            # FSDP averages over ranks; the sum over all pairs of the step is divided by their number
-            ((out.losses @ pack.pair_weights) * (world_size / len(counted))).backward()
-            tallies.append(tally(out, stats, pack))
+            # FSDP averages over ranks; the sum over all units of the step is divided by their number
+            ((out.losses @ objective.weights(pack)) * (world_size / number)).backward()
+            tallies.append(tally(objective, out, stats, pack))
 
-        row = fsdp.mean_over_ranks(tallies, len(counted))
-        row["grad_norm"] = fsdp.clip_gradients(policy, args.max_grad_norm)
-        if not math.isfinite(row["grad_norm"] + row["loss"]):
+        row = means(tallies) | logged
+        row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
+        if policy.value_head is not None:
+            row["value_grad_norm"] = fsdp.clip_gradients(policy.value_head, args.max_value_grad_norm)
+        if not math.isfinite(
+            sum(row[name] for name in ("loss", "grad_norm", "value_grad_norm") if name in row)
+        ):
             config.write_status(args, rank, "failed", step)
             config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
         optimizer.step()
         optimizer.zero_grad()
 
+        many = sum(units[group] for group in counted)
+        running += torch.tensor([row.get("rewards/mean", 0.0) * many, many], dtype=torch.float64)
         tokens = sum(lengths[group] for group in counted)
         seconds = time.perf_counter() - began
-        row |= {"split": "train", "step": step, "epoch": step / steps_per_epoch}
-        row |= {"pairs": len(counted), "tokens": tokens}
+        row |= {"split": "train", "step": step, "epoch": step / (steps_per_epoch * args.ppo_epochs)}
+        row |= {objective.batch_unit: many, "tokens": tokens}
         row |= {"lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "tok_per_s": tokens / seconds}
-        log(row | {"pairs_per_s": len(counted) / seconds})
+        log(row | {f"{objective.batch_unit}_per_s": many / seconds})
 
     if evaluated:
-        log(evaluate(objective, policy, reference, evaluated, args, device) | {"step": total})
+        delta = (running[0] / running[1].clamp(min=1)).float().to(device)  # ()
+        log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": total})
     if total > 0:
         if args.save_every:
-            checkpoint.save(args.out, total, policy, optimizer, vars(args), args.keep_last)
+            checkpoint.save(args.out, total, policy, optimizer, vars(args), args.keep_last, extra)
         checkpoint.export(policy, tokenizer, f"{args.out}/final")
         say(f"wrote {args.out}/final")
     config.write_status(args, rank, "done", total)

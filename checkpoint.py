@@ -26,12 +26,19 @@ from typing import Any, NoReturn, Sequence
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 import fsdp
 
@@ -79,9 +86,10 @@ def save(
     optimizer: torch.optim.AdamW,
     args: dict[str, Any],
     keep_last: int,
+    extra: dict[str, Any] | None = None,
 ) -> None:
     """Write out/step-N, all ranks together, then prune to the newest `keep_last`. An existing step-N is left
-    alone."""
+    alone. `extra` are further tensors by name (or dicts of them) that change during training."""
     out = Path(out)
     target = out / f"step-{step}"
     beside = out / f".tmp-step-{step}"
@@ -92,7 +100,7 @@ def save(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     fsdp.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=str(beside))
+    dcp.save(_state(model, optimizer) | (extra or {}), checkpoint_id=str(beside))
     if rank == 0:
         files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(beside.iterdir())}
         record = {"format": FORMAT, "step": step, "args": args, "files": files}
@@ -123,8 +131,10 @@ def resume(
     args: dict[str, Any],
     free: Sequence[str],
     device: torch.device,
+    extra: dict[str, Any] | None = None,
 ) -> int:
-    """Load what `--resume` names into model and optimizer, sharded as they are now, and return its step.
+    """Load what `--resume` names into model, optimizer and the `extra` of `save`, sharded as they are now,
+    and return its step.
 
     `choice` None starts at 0; "auto" takes the newest whole checkpoint, or starts at 0 where there is none;
     "step-N" must be whole. Raises ValueError if it is not, or was made with other flags than `args`, those in
@@ -139,7 +149,7 @@ def resume(
         if key not in free and made != now:
             flag = f"--{key.replace('_', '-')}"
             raise ValueError(f"{path} was made with {flag} {made}, this run has {flag} {now}")
-    state = _state(model, optimizer)
+    state = _state(model, optimizer) | (extra or {})
     if record["world_size"] != fsdp.ranks()[1]:
         state = {key: value for key, value in state.items() if not key.startswith("rng_")}
     _read(path, state)
@@ -149,13 +159,19 @@ def resume(
     return record["step"]
 
 
-def _read(path: Path, state: dict[str, Any], **options: Any) -> None:
-    """Fill a state from a checkpoint. Raises ValueError for anything but tensors of its names and shapes."""
+def _metadata(path: Path) -> Metadata:
+    """What a checkpoint holds. Raises ValueError for anything but tensors."""
     try:
-        SafeReader(str(path)).read_metadata()  # by itself first: within dcp.load its refusal would be wrapped
-        dcp.load(state, storage_reader=SafeReader(str(path)), **options)
+        return SafeReader(str(path)).read_metadata()
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: unreadable metadata ({type(error).__name__}: {error})") from error
+
+
+def _read(path: Path, state: dict[str, Any], **options: Any) -> None:
+    """Fill a state from a checkpoint. Raises ValueError for anything but tensors of its names and shapes."""
+    _metadata(path)  # by itself first: within dcp.load its refusal would be wrapped
+    try:
+        dcp.load(state, storage_reader=SafeReader(str(path)), **options)
     except CheckpointException as error:  # a BaseException
         cause = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise ValueError(f"{path}: does not fit this model: {cause}") from error
@@ -244,48 +260,50 @@ def _damage(path: Path) -> str:
     return ""
 
 
-def export(model: nn.Module, tokenizer: Any, out: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """A sharded LanguageModel as a Hugging Face directory, all ranks together; `from_pretrained` loads it."""
+def export(
+    model: nn.Module,
+    tokenizer: Any,
+    out: str | Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """A sharded LanguageModel as a Hugging Face directory, all ranks together; `from_pretrained` loads it.
+
+    With a `score` head it is a sequence classifier; a value head goes beside it, value_head.safetensors.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)  # collective; empty on all ranks but 0
     if fsdp.ranks()[0] == 0:
-        lm = model.lm
-        kept = {name for name, _ in lm.named_parameters()}  # a tied weight once
-        kept |= {name for name, _ in lm.named_buffers()}
-        plain = {name.removeprefix("lm."): value for name, value in state.items()}
-        _write(
-            lm.config,
-            lm.generation_config,
-            {k: v for k, v in plain.items() if k in kept},
-            tokenizer,
-            out,
-            dtype,
-        )
+        _write(model.lm, state, tokenizer, out, dtype)
     fsdp.barrier()
 
 
 def _write(
-    config: Any,
-    generation: Any,
-    state: dict[str, Tensor],
-    tokenizer: Any,
-    out: str | Path,
-    dtype: torch.dtype,
+    lm: nn.Module, state: dict[str, Tensor], tokenizer: Any, out: str | Path, dtype: torch.dtype
 ) -> None:
-    """Save a state dict under another name and rename it when complete."""
+    """Save a LanguageModel's state dict under another name and rename it when complete."""
     out = Path(out)
     if out.exists() and not (out / "config.json").exists():
         raise ValueError(f"{out}: exists and is not an exported model")
     beside = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    config = copy.deepcopy(config)  # the skeleton sets its own attention, and a live model shares its config
+    # the skeleton sets its own attention, and a live model shares its config
+    config = copy.deepcopy(lm.config)
+    kind = AutoModelForSequenceClassification if hasattr(lm, "score") else AutoModelForCausalLM
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    skeleton.generation_config = generation
+        skeleton = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if kind is AutoModelForCausalLM:
+        skeleton.generation_config = lm.generation_config
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    # a tied weight once
+    kept = {name for name, _ in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
+    plain = {name.removeprefix("lm."): value for name, value in state.items()}
     skeleton.save_pretrained(
-        beside, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        beside, state_dict={name: value for name, value in plain.items() if name in kept}
     )
+    values = {name: value for name, value in state.items() if name.startswith("value_head.")}
+    if values:
+        save_file(values, beside / "value_head.safetensors")
     tokenizer.save_pretrained(beside)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(beside, out)
@@ -297,14 +315,27 @@ def _export_offline(path: Path, out: Path, dtype: torch.dtype) -> None:
         raise ValueError(f"{path}: no complete checkpoint")
     if _damage(path):
         raise ValueError(f"{path}: {_damage(path)}")
+    saved = _metadata(path).state_dict_metadata
+    shapes = {
+        name.removeprefix("model."): entry.size for name, entry in saved.items() if name.startswith("model.")
+    }
     source = read_record(path)["args"]["model"]
+    kept = path.parent / "tokenizer"  # the run's own, with the tokens and the template it added
+    tokenizer = AutoTokenizer.from_pretrained(kept if kept.exists() else source)
     config = AutoConfig.from_pretrained(source)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with contextlib.suppress(OSError):  # a model need not have one
         lm.generation_config = GenerationConfig.from_pretrained(source)
-    _read(path, {"model": {f"lm.{name}": value for name, value in lm.named_parameters()}}, no_dist=True)
-    state = {name: value.detach() for name, value in lm.named_parameters()}
-    _write(config, lm.generation_config, state, AutoTokenizer.from_pretrained(source), out, dtype)
+    embedding = lm.get_input_embeddings().weight
+    name = next(name for name, parameter in lm.named_parameters() if parameter is embedding)
+    config.get_text_config().vocab_size = shapes[f"lm.{name}"][0]  # it may have grown
+    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    _read(path, {"model": state}, no_dist=True)
+    if "lm.score.weight" in state:
+        lm.score = nn.Linear(state["lm.score.weight"].shape[1], 1, bias=False)
+        lm.config.num_labels = 1
+        lm.config.pad_token_id = tokenizer.pad_token_id
+    _write(lm, state, tokenizer, out, dtype)
 
 
 def _fail(message: str) -> NoReturn:

@@ -138,7 +138,7 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
 FREE_FLAGS = (
     "out", "resume", "save_every", "keep_last", "log_every", "device", "trust_remote_code",
     "tokens_per_microbatch", "activation_checkpointing", "eval_data", "eval_every", "eval_examples",
-    "epochs", "steps", "lr", "warmup_steps", "max_grad_norm",
+    "epochs", "steps", "lr", "warmup_steps", "max_grad_norm", "max_value_grad_norm",
 )  # fmt: skip
 
 
@@ -160,15 +160,15 @@ def add_hyperparameters(made: argparse.ArgumentParser, functions: dict[str, Call
 
 
 def resolve_hyperparameters(
-    args: argparse.Namespace, owners: dict[str, Callable], functions: Sequence[Callable]
+    args: argparse.Namespace, who: str, chosen: Sequence[Callable], functions: Sequence[Callable]
 ) -> None:
-    """Put the defaults of the owners, {"--loss dpo": losses.dpo}, into args; fail for a flag that none takes.
-    `functions` are all that could have been chosen: their flags exist."""
-    defaults = {p.name: p.default for function in owners.values() for p in _hyperparameters(function)}
+    """Put the defaults of the chosen functions into args; fail, in the name of `who` chose them, for a flag
+    that none of them takes. `functions` are all that could have been chosen: their flags exist."""
+    defaults = {p.name: p.default for function in chosen for p in _hyperparameters(function)}
     existing = {p.name for function in functions for p in _hyperparameters(function)}
     for key in sorted(existing & set(vars(args)) - set(defaults)):
         takes = ", ".join(f"--{name.replace('_', '-')}" for name in defaults) or "none"
-        fail(f"{' '.join(owners)} takes no --{key.replace('_', '-')}", right=f"it takes {takes}")
+        fail(f"{who} takes no --{key.replace('_', '-')}", right=f"it takes {takes}")
     for key, default in defaults.items():
         setattr(args, key, getattr(args, key, default))
 

@@ -1,17 +1,14 @@
-"""From a row in a file to a packed batch: Example -> Encoded -> Pack, and the plan that says who trains on
-what.
+"""From a row in a file to token ids: Example -> Encoded.
 
     read / load    files and named datasets -> Example (text)
     encode         Example -> Encoded (token ids; the prompt once, each completion with its trained mask)
-    pack           Encoded, ... -> Pack (one row of ids without padding, and the indices the head and losses
-    need)
-    plan           lengths -> every optimiser step's groups, rank by rank, micro-batch by micro-batch
 
 JSONL rows (also a .json list of them); a prompt is a string (one user turn) or a list of {"role", "content"}
 turns, a completion a string or a list with one assistant turn:
 
     {"prompt", "chosen", "rejected"}            a pair; optional "weight", "margin"
     {"prompt", "completions", "scores"}         a ranked list, higher is better
+    {"prompt", "completion", "label"}           one completion, desirable or not: true or false
     {"prompt", "completion"}                    one completion, for sft.py
     {"messages"}                                a conversation, every assistant turn trained
     {"text"}                                    plain text
@@ -32,12 +29,11 @@ import json
 import os
 import sys
 from collections import Counter
-from math import ceil
+from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, Sequence
 
 import torch
-from torch import Tensor
 
 MAX_LINE_BYTES = 2**24
 ROLES = ("system", "user", "assistant", "tool")
@@ -52,6 +48,9 @@ PLAIN = (
 # Prompt and completion are one running text, as for continuing a film review.
 RAW = "{% for m in messages %}{{ m.content }}{% endfor %}"
 TEMPLATES = {"plain": PLAIN, "raw": RAW}
+# Of conditional SFT: before desirable and undesirable completions; sampling asks for a desirable one.
+CONTROL_TOKENS = ("<|good|>", "<|bad|>")
+ASK_FOR_GOOD = "{% if add_generation_prompt %}" + CONTROL_TOKENS[0] + "{% endif %}"
 
 
 class Example(NamedTuple):
@@ -70,6 +69,7 @@ class Encoded(NamedTuple):
     scores: list[float]
     weight: float = 1.0
     margin: float = 0.0
+    labels: list[bool] = []  # per completion: is it desirable; empty: by the scores
 
     @property
     def tokens(self) -> int:
@@ -78,35 +78,6 @@ class Encoded(NamedTuple):
     @property
     def trained_tokens(self) -> int:
         return sum(map(sum, self.trained))
-
-
-class Pack(NamedTuple):
-    """Groups end to end in one row of T tokens: R responses, N trained tokens, B pairs."""
-
-    ids: Tensor  # (1, T)
-    positions: Tensor  # (1, T) restart at 0 with every group and at the prompt's length with every completion
-    groups: list[tuple[int, list[int]]]  # (prompt length, completion lengths), for attention.layout
-    predict: Tensor  # (N,) index into T of the state that predicts each trained token
-    targets: Tensor  # (N,) its token id
-    response: Tensor  # (N,) its response
-    ends: Tensor  # (R,) index into T of each response's last token
-    scores: Tensor  # (R,)
-    pairs: Tensor  # (2, B) responses of each pair: best and worst
-    margins: Tensor  # (B,)
-    weights: Tensor  # (R,) of each response in the loss; 0 for a filler
-    counted: bool  # False for a filler, whose statistics are not the batch's
-
-    @property
-    def pair_weights(self) -> Tensor:  # (B,)
-        return self.weights[self.pairs[0]]
-
-    def to(self, device: torch.device | str) -> "Pack":
-        return Pack(*[part.to(device) if isinstance(part, Tensor) else part for part in self])
-
-
-class Work(NamedTuple):
-    groups: list[int]  # indices of the groups of one micro-batch of one rank
-    counted: bool  # False for a filler, run with weight 0 so that all ranks meet in every collective
 
 
 # ---- readers
@@ -281,9 +252,11 @@ def _example(row: Any, where: str) -> Example:
     if options.get("weight", 1.0) < 0:
         raise ValueError(f'{where}: "weight" must be >= 0, got {row["weight"]}')
     if "completion" in row:
-        return Example(
-            prompt, [_answer(row["completion"], "completion", where)], [1.0], where=where, **options
-        )
+        label = row.get("label", True)
+        if not isinstance(label, bool):
+            raise ValueError(f'{where}: "label" must be true or false, got {json.dumps(label)[:40]}')
+        answer = _answer(row["completion"], "completion", where)
+        return Example(prompt, [answer], [float(label)], where=where, **options)
     if "completions" in row:
         answers = row["completions"]
         scores = _value(row, "scores", where)
@@ -363,16 +336,17 @@ def encode_all(
     max_prompt_length: int,
     source: str,
     say: Callable[[str], None],
+    encoder: Callable[..., Encoded | str] | None = None,
 ) -> list[Encoded]:
-    """Encode what can be; says what was kept, what was left out and why, and shows one example with its
-    trained part.
+    """Encode what can be, by `encode` or another encoder; says what was kept, what was left out and why, and
+    shows one example with its trained part.
 
     Raises ValueError if nothing is left.
     """
     encoded = []
     for example in examples:
         result = (
-            encode(example, tokenizer, max_length, max_prompt_length, template)
+            (encoder or encode)(example, tokenizer, max_length, max_prompt_length, template)
             if isinstance(example, Example)
             else example
         )
@@ -409,18 +383,26 @@ def held_out_source(source: str, named: str | None) -> str | None:
 
 def chat_template(tokenizer: Any, choice: str | None) -> tuple[str, str | None]:
     """(name, template) from a flag: None is the tokenizer's own, or "plain" where it has none; a name of
-    TEMPLATES; or a file. A template of None means the tokenizer's own. Raises ValueError for a file that
+    TEMPLATES; or a file. A template of None means the tokenizer's own; to another one the BOS is added where
+    the tokenizer would write it. Raises ValueError for a file that
     cannot be read."""
-    if choice is None:
-        return ("plain", PLAIN) if tokenizer.chat_template is None else ("the tokenizer's own", None)
-    if choice in TEMPLATES:
-        return choice, TEMPLATES[choice]
+    own = tokenizer.chat_template
+    if choice is None and own is not None:
+        asks = own.endswith(ASK_FOR_GOOD)
+        return "the tokenizer's own" + ", without its control token" * asks, own[
+            : -len(ASK_FOR_GOOD)
+        ] if asks else None
+    choice = choice or "plain"
     try:
-        return choice, Path(choice).read_text(encoding="utf-8")
+        text = TEMPLATES[choice] if choice in TEMPLATES else Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--chat-template {choice}: not one of {', '.join(TEMPLATES)} and not a readable file"
         ) from error
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]
+    return choice, "{{ bos_token }}" * (begins and "bos_token" not in text) + text
 
 
 def encode(
@@ -457,7 +439,51 @@ def encode(
         masks.append(trained[:budget])
         if not any(masks[-1]):
             return "nothing of a completion fits"
-    return Encoded(prompt, completions, masks, example.scores, example.weight, example.margin)
+    labels = desirable(example.scores)
+    return Encoded(prompt, completions, masks, example.scores, example.weight, example.margin, labels)
+
+
+def encode_rendered(
+    example: Example,
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    template: tuple[str, str | None],
+) -> Encoded | str:
+    """Token ids of whole conversations, as a classifier of transformers would read them; for reward models.
+
+    Each is the template's rendering, tokenised at once, up to the last token that is not padding: the one
+    AutoModelForSequenceClassification scores. What all begin with is the group's prompt. Conversations that
+    are too long lose their oldest turns (never the system turn); the reason is returned where that is not
+    enough. Raises ValueError as `encode`.
+    """
+    turns = example.prompt
+    system = turns[: bool(turns) and turns[0]["role"] == "system"]
+    starts = [index for index in range(len(system) + 1, len(turns)) if turns[index]["role"] == "user"]
+    for start in [len(system), *starts]:
+        kept = [*system, *turns[start:]]
+        rendered = [
+            _render(tokenizer, [*kept, {"role": "assistant", "content": answer}], template, False)
+            for answer in example.completions
+        ]
+        conversations = [_ids(tokenizer, text) for text in rendered]
+        if max(map(len, conversations)) <= max_length:
+            break
+    else:
+        return "the last turn and the answer are longer than --max-length"
+    for ids in conversations:
+        while len(ids) > 2 and ids[-1] == padding_id(tokenizer):
+            ids.pop()
+    shared = os.path.commonprefix([ids[:-1] for ids in conversations])
+    answers = [ids[len(shared) :] for ids in conversations]
+    trained = [[bool(shared) or index > 0 for index in range(len(ids))] for ids in answers]
+    labels = desirable(example.scores)
+    return Encoded(shared, answers, trained, example.scores, example.weight, example.margin, labels)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id that pads a batch of conversations: the tokenizer's, else its end of text."""
+    return _eos(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _render(
@@ -485,21 +511,19 @@ def _encode_prompt(
     """The prompt's whole text, and its ids cut to at most `limit` (more only if not even the frame fits)."""
     turns = example.prompt
     text = _render(tokenizer, turns, template, True)
-    adds_bos = template[1] is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and (adds_bos or not turns) else []
-    ids = bos + _ids(tokenizer, text)
+    ids = _ids(tokenizer, text) if turns or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if len(ids) <= limit or not turns:
         return text, ids
     system = turns[: turns[0]["role"] == "system"]
     starts = [index for index in range(len(system) + 1, len(turns)) if turns[index]["role"] == "user"]
     for start in starts + [len(turns) - 1]:
         shorter = _render(tokenizer, system + turns[start:], template, True)
-        ids = bos + _ids(tokenizer, shorter)
+        ids = _ids(tokenizer, shorter)
         if len(ids) <= limit:
             return text, ids
     blank = _render(tokenizer, [*system, {**turns[-1], "content": "\0"}], template, True)
     before, _, after = blank.partition("\0")
-    frame = [bos + _ids(tokenizer, before), _ids(tokenizer, after)]
+    frame = [_ids(tokenizer, before), _ids(tokenizer, after)]
     room = limit - len(frame[0]) - len(frame[1])
     content = _ids(tokenizer, shorter[len(before) : len(shorter) - len(after)])
     return text, frame[0] + content[-room:] + frame[1] if room > 0 else ids
@@ -554,127 +578,93 @@ def _eos(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-# ---- pack
-# ------------------------------------------------------------------------------------------------------------
+# ---- which completions train
+# ------------------------------------------------------------------------------------------------
 
 
-def pack(groups: Sequence[Encoded], counted: bool = True) -> Pack:
-    """Groups end to end in one row, nothing padded. `counted` False makes every weight 0 (a filler)."""
-    ids, positions, sizes, predict, targets, response, ends, scores, weights = ([] for _ in range(9))
-    pairs = []
-    margins = []
-    for group in groups:
-        start = len(ids)
-        prompt = len(group.prompt)
-        first_response = len(ends)
-        ids += group.prompt
-        positions += range(prompt)
-        for completion, trained in zip(group.completions, group.trained):
-            begin = len(ids)
-            ids += completion
-            positions += range(prompt, prompt + len(completion))
-            for index, wanted in enumerate(trained):
-                if wanted:
-                    # the prompt's last state predicts the first token of every completion
-                    predict.append(begin + index - 1 if index else start + prompt - 1)
-                    targets.append(completion[index])
-                    response.append(len(ends))
-            ends.append(len(ids) - 1)
-        sizes.append((prompt, [len(completion) for completion in group.completions]))
-        scores += group.scores
-        weights += [group.weight * counted] * len(group.completions)
-        pair = best_and_worst(group.scores)
-        if pair is not None:
-            pairs.append([first_response + index for index in pair])
-            margins.append(group.margin)
-    return Pack(
-        torch.tensor([ids]),
-        torch.tensor([positions]),
-        sizes,
-        torch.tensor(predict),
-        torch.tensor(targets),
-        torch.tensor(response),
-        torch.tensor(ends),
-        torch.tensor(scores),
-        torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).t(),
-        torch.tensor(margins),
-        torch.tensor(weights),
-        counted,
-    )
+def pair_indices(scores: Sequence[float], pairs: str) -> list[tuple[int, int]]:
+    """(better, worse) of a ranked list: "best-worst" one pair, "adjacent" neighbours in rank, "all" any two.
+
+    Equal scores make no pair. Raises ValueError for another word.
+    """
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    if pairs not in ("best-worst", "adjacent", "all"):
+        raise ValueError(f"--pairs must be best-worst, adjacent or all, got {pairs}")
+    ends = [(order[0], order[-1])]
+    found = {"best-worst": ends, "adjacent": zip(order, order[1:]), "all": combinations(order, 2)}[pairs]
+    return [(better, worse) for better, worse in found if scores[better] > scores[worse]]
 
 
-def best_completion(example: Example) -> Example:
-    """The example with its highest-scored completion alone, for supervised fine-tuning."""
+def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str:
+    """The example with the completions that some pair compares, or the reason why there is no pair."""
+    compared = pair_indices(example.scores, pairs)
+    if not compared:
+        return "no completion is the better one"
+    best, worst = (example.completions[index] for index in pair_indices(example.scores, "best-worst")[0])
+    if best == worst:
+        return "chosen and rejected are the same"
+    used = sorted({index for pair in compared for index in pair})
+    completions = [example.completions[index] for index in used]
+    return example._replace(completions=completions, scores=[example.scores[index] for index in used])
+
+
+def desirable(scores: Sequence[float]) -> list[bool]:
+    """The label of each completion of a prompt: several are compared with the mean of their scores, one alone
+    (or several of the same score) with 0."""
+    middle = sum(scores) / len(scores) if len(set(scores)) > 1 else 0.0
+    return [score > middle for score in scores]
+
+
+def thin(
+    examples: Sequence[Encoded],
+    seed: int,
+    *,
+    keep_desirable: float = 1.0,
+    keep_undesirable: float = 1.0,
+) -> list[Encoded]:
+    """A fraction of the desirable completions and one of the undesirable, chosen by the seed.
+
+    Raises ValueError unless both are in (0, 1], or [0, 1] for one of them.
+    """
+    fractions = {True: keep_desirable, False: keep_undesirable}
+    if not all(0 <= fraction <= 1 for fraction in fractions.values()) or not any(fractions.values()):
+        raise ValueError(f"--keep-desirable and --keep-undesirable are fractions, got {fractions}")
+    generator = torch.Generator().manual_seed(seed)
+    kept = set()
+    for label, fraction in fractions.items():
+        places = [
+            (i, j)
+            for i, example in enumerate(examples)
+            for j, found in enumerate(example.labels)
+            if found == label
+        ]
+        chosen = torch.randperm(len(places), generator=generator)[: round(fraction * len(places))]
+        kept |= {places[index] for index in chosen.tolist()}
+    thinned = []
+    for i, example in enumerate(examples):
+        wanted = [j for j in range(len(example.completions)) if (i, j) in kept]
+        if wanted:
+            lists = (example.completions, example.trained, example.scores, example.labels)
+            completions, trained, scores, labels = ([values[j] for j in wanted] for values in lists)
+            thinned.append(
+                example._replace(completions=completions, trained=trained, scores=scores, labels=labels)
+            )
+    return thinned
+
+
+def best_completion(example: Example) -> Example | str:
+    """The example with its highest-scored completion alone, for supervised fine-tuning, or the reason why
+    none is worth it."""
+    if not any(desirable(example.scores)):
+        return "labelled undesirable" if len(example.scores) == 1 else "no completion is the better one"
     best = max(range(len(example.scores)), key=lambda index: example.scores[index])
     return example._replace(completions=[example.completions[best]], scores=[example.scores[best]])
 
 
-def usable_pair(example: Example) -> Example | str:
-    """The example, or the reason why no pair can be made of it."""
-    pair = best_and_worst(example.scores)
-    if pair is None:
-        return "no completion is the better one"
-    best, worst = (example.completions[index] for index in pair)
-    return "chosen and rejected are the same" if best == worst else example
-
-
-def best_and_worst(scores: Sequence[float]) -> tuple[int, int] | None:
-    """Indices of the highest and the lowest score, or None where no completion is better than another."""
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    return (order[0], order[-1]) if scores[order[0]] > scores[order[-1]] else None
-
-
-# ---- plan
-# ------------------------------------------------------------------------------------------------------------
-
-
-def plan(
-    lengths: Sequence[int],
-    batch_size: int,
-    world_size: int,
-    tokens_per_microbatch: int,
-    seed: int | None,
-    epoch: int = 0,
-) -> list[list[list[Work]]]:
-    """Every optimiser step of an epoch: plan[step][rank] is that rank's micro-batches in order.
-
-    `lengths` are tokens of each group, `batch_size` groups make one optimiser step over all ranks; the last
-    step of the epoch takes what is left. All ranks have the same number of micro-batches in a step, as
-    collectives demand; a rank without work runs the smallest group uncounted. No micro-batch exceeds the
-    budget unless a single group does. The order is a permutation by (seed, epoch); a seed of None keeps the
-    order of the data. A pure function: every rank computes the same plan, and resuming at a step is looking
-    it up.
-    """
-    order = list(range(len(lengths)))
-    if seed is not None:
-        order = torch.randperm(
-            len(lengths), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        ).tolist()
-    smallest = min(order, key=lambda index: lengths[index])
-    steps = []
-    for start in range(0, len(order), batch_size):
-        bins = _balance(order[start : start + batch_size], lengths, world_size, tokens_per_microbatch)
-        works = [Work(groups, True) if groups else Work([smallest], False) for groups in bins]
-        steps.append([works[rank::world_size] for rank in range(world_size)])
-    return steps
-
-
-def _balance(groups: list[int], lengths: Sequence[int], world_size: int, budget: int) -> list[list[int]]:
-    """Groups into the fewest multiple of world_size bins within the budget, longest first into the emptiest
-    bin.
-
-    Bins come sorted by tokens, so that the ranks of one micro-batch carry nearly the same load.
-    """
-    by_length = sorted(groups, key=lambda index: -lengths[index])
-    rounds = max(1, ceil(sum(min(lengths[index], budget) for index in groups) / (world_size * budget)))
-    while True:
-        bins = [[] for _ in range(rounds * world_size)]
-        loads = [0] * len(bins)
-        for index in by_length:
-            target = loads.index(min(loads))
-            bins[target].append(index)
-            loads[target] += lengths[index]
-        if all(load <= budget or len(members) == 1 for load, members in zip(loads, bins)):
-            ranked = sorted(range(len(bins)), key=lambda position: -loads[position])
-            return [bins[position] for position in ranked]
-        rounds += 1
+def conditioned(example: Example) -> Example | str:
+    """The example with a control token before each completion, by its label, for conditional SFT; or the
+    reason why it has no labels."""
+    if not all(isinstance(completion, str) for completion in example.completions):
+        return "a conversation has no label"
+    tokens = [CONTROL_TOKENS[not label] for label in desirable(example.scores)]
+    return example._replace(completions=[token + text for token, text in zip(tokens, example.completions)])

@@ -49,24 +49,39 @@ def ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
-    """Split every parameter over all ranks, in place. Parameters keep their dtype, compute runs in `dtype`,
-    gradients are summed in fp32. The root forward must take integers only: floats would be cast to
-    `dtype`."""
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+    fp32_modules: Iterable[nn.Module] = (),
+) -> None:
+    """Split every parameter over all ranks, in place. Parameters keep their dtype, compute runs in `dtype`
+    (in `fp32_modules` in fp32), gradients are summed in fp32. The root forward must take integers only:
+    floats would be cast to `dtype`."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in fp32_modules:
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def mean_over_ranks(tallies: list[dict[str, Tensor]], units: int) -> dict[str, float]:
-    """Sums of each micro-batch of this rank -> means over the `units` of all micro-batches of all ranks, by
-    one all_reduce of fixed size. Every rank has at least one micro-batch and the same names in the same
-    order."""
-    sums = torch.stack([torch.stack(list(sums.values())) for sums in tallies]).sum(0)  # (metrics,)
+def mean_over_ranks(tallies: list[dict[str, Tensor]]) -> dict[str, float]:
+    """(sum, count) of each name in each micro-batch of this rank -> means over all micro-batches of all
+    ranks, by one all_reduce of fixed size; a name that was never counted is left out. Every rank has at least
+    one micro-batch and the same names in the same order."""
+    sums = torch.stack([torch.stack(list(sums.values())) for sums in tallies]).sum(0)  # (metrics, 2)
     dist.all_reduce(sums)
-    return dict(zip(tallies[0], (sums / units).tolist()))
+    return {name: total / count for name, (total, count) in zip(tallies[0], sums.tolist()) if count}
+
+
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """The parameters of source into those of target, sharded alike, in target's dtype."""
+    for mine, theirs in zip(source.parameters(), target.parameters(), strict=True):
+        theirs.to_local().copy_(mine.to_local())
+    target.reshard()  # its gathered copy, if it has one, is the old one
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
@@ -31,6 +36,7 @@ class LanguageModel(nn.Module):
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
         self.lm = lm
+        self.value_head = None  # (N, D) -> (N, 1), see add_value_head
 
     def forward(self, ids: Tensor, positions: Tensor, layout: attention.Layout, predict: Tensor) -> Tensor:
         """ids, positions (1, T), predict (N,) -> the last hidden states at `predict` (N, D)."""
@@ -50,6 +56,11 @@ class LanguageModel(nn.Module):
         return vocab.Head(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
 
     @property
+    def fp32_modules(self) -> list[nn.Module]:
+        """The scalar heads: they compute in fp32 whatever the body does."""
+        return [head for head in (self.value_head, getattr(self.lm, "score", None)) if head is not None]
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The transformer layers: the units of sharding and of activation checkpointing."""
         return [module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -62,13 +73,16 @@ def load(
     weights: str = "pretrained",
     seed: int = 0,
     trust_remote_code: bool = False,
+    vocabulary: int = 0,
 ) -> LanguageModel:
     """A LanguageModel from a local directory or a hub name, on the CPU, in training mode with every dropout
     at 0.
 
     `weights` "random" starts from the directory's config.json alone, with transformers' own initialisation
-    under `seed`. Raises ValueError: no such model, pickle weights, missing weights, positions shorter than
-    `max_length`, or an architecture for which packed attention does not reproduce the model's own logits.
+    under `seed`. Embeddings grow to `vocabulary` rows where they have fewer and are never shrunk; new rows
+    are the mean of the old ones, so that equal models stay equal. Raises ValueError: no such model, pickle
+    weights, missing weights, positions shorter than `max_length`, or an architecture for which packed
+    attention does not reproduce the model's own logits.
     """
     trust = {"trust_remote_code": trust_remote_code}
     options = {**trust, **_local(path)}
@@ -94,6 +108,7 @@ def load(
         raise ValueError(f"{path}: {what.splitlines()[0].removeprefix(f'{path}: ')}") from error
     finally:
         transformers_logging.set_verbosity(before)
+    _grow(lm, vocabulary)
     _check_positions(path, lm.config.get_text_config(), max_length)
     _disable_dropout(lm)
     model = LanguageModel(lm)
@@ -121,6 +136,42 @@ def check_vocabulary(tokenizer: Any, policy: LanguageModel, reference: LanguageM
         raise ValueError(f"--reference has vocabulary {reference.head.weight.shape[0]}, the policy {size}")
 
 
+def add_value_head(model: LanguageModel, seed: int) -> None:
+    """Give it a critic: D -> D -> D -> 1 with ReLUs, in fp32; its last layer starts at 0, so every value
+    does."""
+    size = model.head.weight.shape[1]
+    torch.manual_seed(seed)
+    model.value_head = nn.Sequential(
+        nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 1)
+    )
+    nn.init.zeros_(model.value_head[-1].weight)
+    nn.init.zeros_(model.value_head[-1].bias)
+
+
+def add_score(model: LanguageModel, padding_id: int) -> None:
+    """Give it the scalar head `score` of transformers' sequence classifiers, starting at 0.
+
+    Raises ValueError for an architecture without such a classifier.
+    """
+    lm = model.lm
+    lm.score = nn.Linear(model.head.weight.shape[1], 1, bias=False)
+    nn.init.zeros_(lm.score.weight)
+    lm.config.num_labels = 1
+    lm.config.pad_token_id = padding_id
+    try:
+        with torch.device("meta"):
+            twin = AutoModelForSequenceClassification.from_config(lm.config, attn_implementation="sdpa")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{type(lm).__name__}: no sequence classifier ({str(error).splitlines()[0]})"
+        ) from error
+    missing = sorted(
+        {name for name, _ in twin.named_parameters()} - {name for name, _ in lm.named_parameters()}
+    )
+    if missing:
+        raise ValueError(f"{type(lm).__name__}: its sequence classifier has other parameters ({missing[0]})")
+
+
 def checkpoint_activations(model: LanguageModel) -> None:
     """Keep only each block's input; recompute the block in the backward pass. In place, before fsdp.shard."""
     model.lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -143,6 +194,16 @@ def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
         raise ValueError(
             f"{path}: {len(missing + wrong)} weights missing or misshapen (first: {(missing + wrong)[0]})"
         )
+
+
+@torch.no_grad()
+def _grow(lm: nn.Module, vocabulary: int) -> None:
+    old = lm.get_input_embeddings().weight.shape[0]
+    if vocabulary > old:
+        lm.resize_token_embeddings(vocabulary, mean_resizing=False)
+        for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+            for parameter in module.parameters():
+                parameter[old:] = parameter[:old].mean(0)
 
 
 def _check_positions(path: str, config: Any, max_length: int) -> None:

@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 sft.py --model EleutherAI/pythia-1.4b --data hh --out runs/sft
 
 Trains on every assistant turn of a conversation, on the completion of a prompt, on the best completion of a
-pair or a ranked list, or on plain text. The sum over tokens is divided by the number of trained tokens of the
-whole step.
+pair or a ranked list, or on plain text; with `--method csft` on all completions, each after a control token
+that says whether it is desirable, which sampling then asks for. The sum over tokens is divided by the number
+of trained tokens of the whole step.
 
 Left out: LoRA, sampling during training.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 import attention
+import batch
 import checkpoint
 import config
 import data
@@ -38,6 +40,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
     add("--data", required=True, help="hh, imdb, NAME=DIR, or a .jsonl or .json file")
     add("--eval-data", default=None, help="held-out rows; None: the test split of a named --data, else none")
+    add("--method", choices=("sft", "csft"), default="sft", help="csft: all, a control token first")
     add("--chat-template", default=None, help="plain, raw or a file; None: the tokenizer's own, else plain")
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
     add("--max-prompt-length", type=config.count, default=None, help="tokens; None: half of --max-length")
@@ -69,16 +72,17 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def load_examples(
     source: str, split: str, tokenizer: Any, template: Any, args: argparse.Namespace, say: Callable
 ) -> list[data.Encoded]:
-    """Read and encode, of every example the best completion; says what was left out and why. Raises
-    ValueError."""
+    """Read and encode, of every example the best completion, or all with their control tokens; says what was
+    left out and why. Raises ValueError."""
     examples, dropped = data.load(source, split)
-    examples = [data.best_completion(example) for example in examples]
+    choose = data.conditioned if args.method == "csft" else data.best_completion
+    examples = [choose(example) for example in examples]
     return data.encode_all(
         examples, dropped, tokenizer, template, args.max_length, args.max_prompt_length, source, say
     )
 
 
-def forward(policy: model.LanguageModel, pack: data.Pack) -> losses.Loss:
+def forward(policy: model.LanguageModel, pack: batch.Pack) -> losses.Loss:
     """One micro-batch from ids to per-token losses."""
     layout = attention.layout(pack.groups).to(pack.ids.device)
     hidden = policy(pack.ids, pack.positions, layout, pack.predict)  # (N, D)
@@ -93,14 +97,13 @@ def evaluate(
     """Means over the trained tokens of the held-out examples, all ranks together."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
-    trained = sum(example.trained_tokens for example in examples)
     tallies = []
-    for work in data.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]:
-        pack = data.pack([examples[index] for index in work.groups], work.counted).to(device)
+    for work in batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]:
+        pack = batch.pack([examples[index] for index in work.groups], work.counted).to(device)
         tallies.append(tally(forward(policy, pack), pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
-    row = fsdp.mean_over_ranks(tallies, trained)
+    row = fsdp.mean_over_ranks(tallies)
     return {
         "split": "eval",
         "examples": len(examples),
@@ -109,9 +112,10 @@ def evaluate(
     }
 
 
-def tally(out: losses.Loss, pack: data.Pack) -> dict[str, Tensor]:
-    """Sums over the tokens of a micro-batch, for division by the number of trained tokens."""
-    return {"loss": (out.losses @ pack.weights[pack.response]).detach().double()}
+def tally(out: losses.Loss, pack: batch.Pack) -> dict[str, Tensor]:
+    """(sum, count) of what is logged of a micro-batch."""
+    losses = (out.losses * pack.weights[pack.response]).detach().double()  # (N,)
+    return {"loss": torch.stack([losses.sum(), losses.new_tensor(len(losses))]) * float(pack.counted)}
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
@@ -131,14 +135,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
         template = data.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template[0]}")
+        if args.method == "csft":
+            # those it has are not added again
+            tokenizer.add_tokens(list(data.CONTROL_TOKENS), special_tokens=True)
         train = load_examples(args.data, "train", tokenizer, template, args, say)
         held_out = data.held_out_source(args.data, args.eval_data)
         evaluated = load_examples(held_out, "test", tokenizer, template, args, say) if held_out else []
         evaluated = data.subset(evaluated, args.eval_examples)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
-        policy = model.load(args.model, torch.float32, *options)
+        policy = model.load(
+            args.model, torch.float32, *options, vocabulary=len(tokenizer) * (args.method == "csft")
+        )
         model.check_vocabulary(tokenizer, policy)
+    tokenizer.chat_template = template[1] or tokenizer.chat_template  # what was trained with goes along
+    if args.method == "csft":
+        tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + data.ASK_FOR_GOOD
     if args.activation_checkpointing == "full":
         model.checkpoint_activations(policy)
     fsdp.shard(policy, policy.blocks, dtype, device)
@@ -156,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if rank == 0:
         config.rewind_log(args.out, start)
+        tokenizer.save_pretrained(f"{args.out}/tokenizer")
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} ranks")
 
     config.write_status(args, rank, "running", start)
@@ -165,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or step == start:
             # the same on every rank: each step's groups, rank by rank and micro-batch by micro-batch
-            plan = data.plan(
+            plan = batch.plan(
                 lengths, args.batch_size, world_size, args.tokens_per_microbatch, args.seed, epoch
             )
         for group in optimizer.param_groups:
@@ -179,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         works = plan[index][rank]
         counted = [group for share in plan[index] for work in share if work.counted for group in work.groups]
         packs = [
-            data.pack([train[group] for group in work.groups], work.counted).to(device) for work in works
+            batch.pack([train[group] for group in work.groups], work.counted).to(device) for work in works
         ]
         units = sum(train[group].trained_tokens for group in counted)
         tallies = []
@@ -189,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ((out.losses @ pack.weights[pack.response]) * (world_size / units)).backward()
             tallies.append(tally(out, pack))
 
-        row = fsdp.mean_over_ranks(tallies, units)
-        row["grad_norm"] = fsdp.clip_gradients(policy, args.max_grad_norm)
+        row = fsdp.mean_over_ranks(tallies)
+        row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
         if not math.isfinite(row["grad_norm"] + row["loss"]):
             config.write_status(args, rank, "failed", step)
             config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")

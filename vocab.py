@@ -5,6 +5,7 @@ given, into log pi_ref(y|s), the KL and a risk measure of each next-token distri
 O(N) numbers; the backward pass recomputes the logits chunk by chunk and uses the closed form
 
     d logp / d logits = onehot(y) - pi            d risk / d logits = pi sum(q) - q,  q = risk.weights
+    d entropy / d logits = -pi (log pi + entropy)
 
 so nothing of shape (N, V) ever lives, and one backward serves every measure of risk.py.
 
@@ -34,13 +35,14 @@ class Head(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Statistics of N trained tokens, each (N,) nats in fp32 (fp64 for fp64 operands); None without a
-    reference."""
+    """Statistics of N trained tokens, each (N,) nats in fp32 (fp64 for fp64 operands); None if not asked
+    for."""
 
-    logps: Tensor
+    logps: Tensor | None = None
     ref_logps: Tensor | None = None
     kl: Tensor | None = None
     risk: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 Measure = Callable[..., risk_measures.Risk]  # (x, p, state) -> Risk, hyper-parameters bound
@@ -54,6 +56,7 @@ def token_statistics(
     measure: Measure | None = None,
     through: str | None = None,
     chunk_size: int | None = None,
+    entropy: bool = False,
 ) -> Tokens:
     """Per-token statistics of a language model's head, without an (N, V) tensor.
 
@@ -61,8 +64,9 @@ def token_statistics(
     reference's (hidden, head), which gets no gradient; with it come ref_logps, kl, and, with a `measure` of
     risk.py (hyper-parameters bound by functools.partial), risk. Gradients reach hidden, head.weight and
     head.bias through logps and through the one drift named by `through` ("kl", "risk" or None); the other
-    drift is a constant. `chunk_size` positions are projected at a time; None fits a block of logits into
-    CHUNK_BYTES. No result depends on it beyond the rounding of a matmul.
+    drift is a constant. With `entropy`, H = -sum_v pi log pi of the policy, with its gradient. `chunk_size`
+    positions are projected at a time; None fits a block of logits into CHUNK_BYTES. No result depends on it
+    beyond the rounding of a matmul.
 
     Raises ValueError if `through` names a drift that is not computed.
     """
@@ -73,7 +77,7 @@ def token_statistics(
     chunk_size = chunk_size or max(16, CHUNK_BYTES // (4 * head.weight.shape[0]))
     return Tokens(
         *_TokenStatistics.apply(
-            hidden, head.weight, head.bias, head, targets, reference, measure, through, chunk_size
+            hidden, head.weight, head.bias, head, targets, reference, measure, through, entropy, chunk_size
         )
     )
 
@@ -81,17 +85,21 @@ def token_statistics(
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     # noqa: ANN001
-    def forward(ctx, hidden, weight, bias, head, targets, reference, measure, through, chunk_size):
+    def forward(ctx, hidden, weight, bias, head, targets, reference, measure, through, entropy, chunk_size):
+        ctx.set_materialize_grads(False)
         head = Head(weight, bias, head.softcap, head.scale)
         project = _projection(head)
         project_reference = _projection(reference[1]) if reference else None
-        logps, ref_logps, kls, risks, lses, ref_lses, states = ([] for _ in range(7))
+        logps, ref_logps, kls, risks, entropies, lses, ref_lses, states = ([] for _ in range(8))
         for rows in _chunks(hidden.shape[0], chunk_size):
             target = targets[rows, None]  # (n, 1)
             logits = project(hidden[rows])  # (n, V)
             lse = logits.logsumexp(-1, keepdim=True)  # (n, 1)
             logps.append((logits.gather(-1, target) - lse).squeeze(-1))  # (n,)
             lses.append(lse)
+            if entropy:
+                log_probability = logits - lse  # (n, V)
+                entropies.append(-(log_probability.exp() * log_probability).sum(-1))  # (n,)
             if reference is None:
                 continue
             ref_logits = project_reference(reference[0][rows])  # (n, V)
@@ -104,8 +112,10 @@ class _TokenStatistics(torch.autograd.Function):
                 result = measure(cost, probability, None)
                 risks.append(result.value)  # (n,)
                 states.append(result.state)
-        joined = [torch.cat(parts) if parts else None for parts in (logps, ref_logps, kls, risks)]
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lses), *(reference or (None,))[:1])
+        found = (logps, ref_logps, kls, risks, entropies)
+        joined = [torch.cat(parts) if parts else None for parts in found]  # (N,) each
+        saved = (hidden, weight, bias, targets, torch.cat(lses), reference and reference[0], joined[4])
+        ctx.save_for_backward(*saved)
         ctx.head = head._replace(weight=None, bias=None)
         ctx.reference_head = reference[1] if reference else None
         ctx.ref_lses = torch.cat(ref_lses) if ref_lses else None
@@ -119,12 +129,15 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):  # noqa: ANN001, ANN205
-        hidden, weight, bias, targets, lses, ref_hidden = ctx.saved_tensors
-        gradient = gradients[0]  # (N,) d loss / d logps
+        hidden, weight, bias, targets, lses, ref_hidden, entropies = ctx.saved_tensors
+        zero = lses.new_zeros(len(lses))  # (N,)
+        gradient = zero if gradients[0] is None else gradients[0]  # (N,) d loss / d logps
         drift_gradient = gradients[ctx.drift] if ctx.drift else None  # (N,) d loss / d kl or d risk
+        entropy_gradient = gradients[4]  # (N,) d loss / d entropy, or None
+        drifts = drift_gradient is not None
         head = ctx.head._replace(weight=weight, bias=bias)
         project = _projection(head)
-        project_reference = _projection(ctx.reference_head) if ctx.drift else None
+        project_reference = _projection(ctx.reference_head) if drifts else None
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = lses.dtype
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None  # (N, D)
@@ -135,7 +148,7 @@ class _TokenStatistics(torch.autograd.Function):
         for index, rows in enumerate(_chunks(hidden.shape[0], ctx.chunk_size)):
             logits = project(hidden[rows])  # (n, V)
             lse = lses[rows]  # (n, 1)
-            if ctx.drift:
+            if drifts:
                 ref_logits = project_reference(ref_hidden[rows])  # (n, V)
                 cost, probability = _cost_and_probability(logits, lse, ref_logits, ctx.ref_lses[rows])
                 state = ctx.states[index] if ctx.states and ctx.drift == 3 else None
@@ -148,8 +161,11 @@ class _TokenStatistics(torch.autograd.Function):
             else:
                 scale = -gradient[rows, None]  # (n, 1)
             slope = _softcap_slope(logits, head)  # (n, V) or None, before the logits are overwritten
-            upstream = logits.sub_(lse).exp_().mul_(scale)  # (n, V) d loss / d logits, built in place
-            if ctx.drift:
+            logits.sub_(lse)
+            if entropy_gradient is not None:  # dH / dz = -pi (log pi + H)
+                scale = scale - entropy_gradient[rows, None] * (logits + entropies[rows, None])  # (n, V)
+            upstream = logits.exp_().mul_(scale)  # (n, V) d loss / d logits, built in place
+            if drifts:
                 upstream.sub_(weights.mul_(drift_gradient[rows, None]))
             upstream.scatter_add_(-1, targets[rows, None], gradient[rows, None])
             if slope is not None:
@@ -164,7 +180,7 @@ class _TokenStatistics(torch.autograd.Function):
                 grad_bias.add_(upstream.sum(0))
         grad_weight = grad_weight.to(weight.dtype) if wants_weight else None
         grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
 def _chunks(total: int, size: int) -> list[slice]:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import attention  # noqa: E402
+import batch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import risk  # noqa: E402
@@ -30,7 +31,7 @@ import vocab  # noqa: E402
 CVAR = functools.partial(risk.cvar, confidence_level=0.97)
 
 
-def states(lm: model.LanguageModel, pack: data.Pack) -> torch.Tensor:
+def states(lm: model.LanguageModel, pack: batch.Pack) -> torch.Tensor:
     return lm(pack.ids, pack.positions, attention.layout(pack.groups), pack.predict)
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     tokenizer = model.load_tokenizer(args.model)
     template = data.chat_template(tokenizer, None)
     examples = data.load(args.data, "test")[0][: args.pairs]
-    pack = data.pack([data.encode(example, tokenizer, 512, 256, template) for example in examples])
+    pack = batch.pack([data.encode(example, tokenizer, 512, 256, template) for example in examples])
     reference64 = in_dtype(reference, torch.float64)
     ref_states64 = states(reference64, pack)
 

@@ -33,13 +33,16 @@ fsdp.finish = fsdp.barrier
 def run(job: dict) -> None:
     gradients = []
 
-    def record(model, max_norm):
-        whole = {}
-        for name, parameter in model.named_parameters():
+    def record(part, max_norm):
+        prefix = "" if hasattr(part, "config") else "value_head."
+        if not prefix:  # the language model comes first in every step
+            gradients.append({})
+        for name, parameter in part.named_parameters():
             grad = parameter.grad
-            whole[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
-        gradients.append(whole)
-        return clip_gradients(model, max_norm)
+            if grad is not None:
+                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                gradients[-1][prefix + name] = whole.clone()
+        return clip_gradients(part, max_norm)
 
     fsdp.clip_gradients = record
     source = (ROOT / job["script"]).read_text(encoding="utf-8")

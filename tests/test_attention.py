@@ -16,6 +16,7 @@ import transformers as hf
 from torch.nn.utils.rnn import pad_sequence
 
 import attention
+import batch
 import data
 import model
 import vocab
@@ -70,7 +71,7 @@ def make_groups():
 
 
 GROUPS = make_groups()
-PACK = data.pack(GROUPS)
+PACK = batch.pack(GROUPS)
 LENGTH = PACK.ids.shape[1]
 
 
@@ -228,7 +229,7 @@ def test_the_comparison_sees_windows_caps_and_scales(build, name, change):
 def test_a_group_alone_equals_the_group_among_others(build, name):
     # red: positions that go on through the row (gpt2, opt); keys that miss the group's `start`
     packed = build(name, 0).packed
-    alone = torch.cat([hidden_of(packed, data.pack([group])) for group in GROUPS])
+    alone = torch.cat([hidden_of(packed, batch.pack([group])) for group in GROUPS])
     assert error(alone, hidden_of(packed)) < 1e-10
 
 

@@ -116,7 +116,7 @@ FLAGS = {
     "negative": (["--lr", "-1"], "--lr: must be > 0, got -1"),
     "boolean": (["--trust-remote-code", "yes"], "--trust-remote-code: must be true or false, got 'yes'"),
     "loss": (["--loss", "dpoo"], "--loss: invalid choice: 'dpoo'", "dpo", "ra_dpo2"),
-    "statistic": (["--loss", "sft"], "--loss needs token_policy_logps", "policy_logps, ref_logps"),
+    "no preference": (["--loss", "sft"], "--loss: invalid choice", "'sft'", "'dpo'"),
     "data": (["--data", "{root}/none.jsonl"], "{root}/none.jsonl: no such file"),
     "eval data": (["--eval-data", "{root}/none.jsonl"], "{root}/none.jsonl: no such file"),
     "dataset": (["--data", "hhh"], "hhh: neither a dataset (hh, imdb"),

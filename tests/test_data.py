@@ -14,6 +14,7 @@ from conftest import ROOT
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+import batch
 import data
 
 
@@ -250,7 +251,8 @@ def test_the_beginning_of_a_text(tokenizer, kind):
     assert (encoded.prompt, encoded.completions) == ([0] * (kind != "none"), answers)
     assert all(mark == [kind != "none"] + [True] * (len(mark) - 1) for mark in encoded.trained)
     for template, limit in ((OWN, 400), (PLAIN, 400), (PLAIN, 30)):  # a chat template writes its own
-        prompt = data.encode(example(TALK, "a"), tokenizer, 500, limit, template).prompt
+        given = template if template == OWN else data.chat_template(tokenizer, "plain")
+        prompt = data.encode(example(TALK, "a"), tokenizer, 500, limit, given).prompt
         assert (prompt[0] == 0, 0 in prompt[1:]) == (kind == "added" and template == PLAIN, False)
     tokenizer.chat_template = "{{ bos_token or '' }}" + tokenizer.chat_template
     for talk in (USER, []):
@@ -305,7 +307,7 @@ def test_pack_is_what_a_loop_says(seed):
             want["pairs"] += [[first + group.scores.index(pick(group.scores)) for pick in (max, min)]]
             want["margins"].append(group.margin)
             want["pair_weights"].append(group.weight * (seed % 2))
-    found = data.pack(groups, counted=bool(seed % 2))
+    found = batch.pack(groups, counted=bool(seed % 2))
     assert found.ids.shape == (1, len(want["ids"])) and found.ids.dtype == found.pairs.dtype == torch.long
     actual = {name: getattr(found, name) for name in want}
     actual |= {"ids": found.ids[0], "positions": found.positions[0], "pairs": found.pairs.t()}
@@ -322,8 +324,8 @@ def test_plan_gives_every_group_once_and_every_rank_as_many_micro_batches(seed):
     sizes = [min(batch_size, len(lengths) - start) for start in range(0, len(lengths), batch_size)]
     steps = []
     for world_size in (1, 2, 5):
-        plan = data.plan(lengths, batch_size, world_size, budget, seed)
-        assert plan == data.plan(lengths, batch_size, world_size, budget, seed)
+        plan = batch.plan(lengths, batch_size, world_size, budget, seed)
+        assert plan == batch.plan(lengths, batch_size, world_size, budget, seed)
         assert all(len(step) == world_size and len({len(rank) for rank in step}) == 1 for step in plan)
         for work in [work for step in plan for rank in step for work in rank]:
             load = sum(lengths[group] for group in work.groups)
@@ -338,12 +340,12 @@ def test_plan_gives_every_group_once_and_every_rank_as_many_micro_batches(seed):
 def test_plan_orders_and_balances():
     # red: a seed or an epoch ignored; groups dealt in order instead of by length
     lengths = random.Random(7).choices(range(60, 500), k=256)
-    plans = [data.plan(lengths, 64, 4, 4096, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    plans = [batch.plan(lengths, 64, 4, 4096, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert len(set(map(str, plans))) == 4
-    assert [sorted(step[0][0].groups) for step in data.plan([5] * 5, 2, 1, 99, None)] == [[0, 1], [2, 3], [4]]
+    assert [sorted(step[0][0].groups) for step in batch.plan([5] * 5, 2, 1, 99, None)] == [[0, 1], [2, 3], [4]]
     for step in plans[0]:
         loads = [sum(lengths[group] for work in rank for group in work.groups) for rank in step]
         assert max(loads) < 1.02 * sum(loads) / 4 and all(work.counted for rank in step for work in rank)
         assert len(step[0]) <= 1.2 * sum(loads) / (4 * 4096) + 1  # nearly as few micro-batches as fit
-    for step in data.plan([5000] + [50] * 7, 8, 2, 512, None):  # no micro-batch of fillers alone
+    for step in batch.plan([5000] + [50] * 7, 8, 2, 512, None):  # no micro-batch of fillers alone
         assert all(any(work.counted for work in micro_batch) for micro_batch in zip(*step))

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERYTHING = {"attention", "checkpoint", "config", "data", "fsdp", "losses", "model", "risk", "vocab"}
+EVERYTHING = {"attention", "batch", "checkpoint", "config", "data", "fsdp", "losses", "model", "objective"}
+EVERYTHING |= {"risk", "vocab"}
 MAY_IMPORT = {
-    "sft": EVERYTHING,
+    "sft": EVERYTHING - {"objective"},
     "align": EVERYTHING,
     "plot": set(),
     "losses": set(),
@@ -19,13 +20,16 @@ MAY_IMPORT = {
     "vocab": {"risk"},
     "attention": set(),
     "data": set(),
+    "batch": {"data"},
+    "objective": {"batch", "config", "data", "fsdp", "losses", "risk", "vocab"},
     "model": {"attention", "vocab"},
     "fsdp": set(),
     "checkpoint": {"fsdp"},
     "config": set(),
 }
 CLASS_BASES = {"NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
-BUDGET = {"align": 350, "data": 490}  # data holds four things the design keeps together: see LOG.md
+# data: a third is errors with file:line; losses: one function a loss, and none needs another to be read
+BUDGET = {"align": 350, "data": 490, "losses": 330}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import batch
 import data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,10 +31,10 @@ KINDS = {
     "ra_dpo1": ["--loss", "ra_dpo1", "--risk", "cvar", "--confidence-level", "0.9", "--beta", str(BETA)],
     "sft": [],
 }
-PAIR_UNITS = "(world_size / len(counted))"
+PAIR_UNITS = "(world_size / number)"
 TOKEN_UNITS = "(world_size / units)"
 MUTATIONS = {
-    "a doubled loss": ("dpo", PAIR_UNITS, "(2 * world_size / len(counted))"),
+    "a doubled loss": ("dpo", PAIR_UNITS, "(2 * world_size / number)"),
     "a mean per rank": ("dpo", PAIR_UNITS, "(1 / sum(len(w.groups) for w in works))"),
     "a mean per micro-batch": ("dpo", PAIR_UNITS, "(1 / len(packs) / len(pack.pair_weights))"),
     "a doubled token loss": ("sft", TOKEN_UNITS, "(2 * world_size / units)"),
@@ -207,19 +208,19 @@ def oracle(base) -> dict:
         reference = AutoModelForCausalLM.from_pretrained(base / "reference", dtype=torch.float32)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, eps=EPS, weight_decay=0.0)
         losses, norms, gradients = [], [], []
-        order = [data.plan([1] * PAIRS, BATCH, 1, 10**9, 0, epoch) for epoch in (0, 1)]
+        order = [batch.plan([1] * PAIRS, BATCH, 1, 10**9, 0, epoch) for epoch in (0, 1)]
         batches = [sorted(step[0][0].groups) for epoch in order for step in epoch][:STEPS]
-        for step, batch in enumerate(batches):
+        for step, members in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-            units = sum(oracle_loss(kind, policy, reference, table[i], tokenizer)[1] for i in batch)
+            units = sum(oracle_loss(kind, policy, reference, table[i], tokenizer)[1] for i in members)
             total = 0.0
-            for index in batch:
+            for index in members:
                 loss = oracle_loss(kind, policy, reference, table[index], tokenizer)[0] / units
                 loss.backward()
                 total += loss.item()
             losses.append(total)
-            gradients.append({f"lm.{name}": p.grad.clone() for name, p in policy.named_parameters()})
+            gradients.append({name: p.grad.clone() for name, p in policy.named_parameters()})
             # not clip_grad_norm_: fp32 norms of large tensors are wrong in the fifth digit
             norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in policy.parameters())))
             for parameter in policy.parameters():
@@ -358,7 +359,7 @@ def test_step_zero_is_exact_zero_with_a_live_reference(base, dtype, loss):
     for row in (rows(run)[0], rows(run, "eval")[0]):
         assert row["loss"] == pytest.approx(0.6931471805599453, abs=1e-7)
         drifts = [value for key, value in row.items() if key.startswith(("rewards/", "own/", "kl/", "risk/"))]
-        assert len(drifts) == 10 + 2 * (loss == "ra_dpo2")
+        assert len(drifts) == 12 + 2 * (loss == "ra_dpo2")
         assert set(drifts) == {0.0, 0.5}  # accuracies of ties are 0.5
     assert rows(run)[1]["kl/chosen"] > 0
     assert rows(run, "eval")[-1]["rewards/margins"] != 0

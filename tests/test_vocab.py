@@ -163,10 +163,10 @@ def test_low_precision_operands_against_fp64(dtype):
         reference = (ref_hidden.to(wide), vocab.Head(weight.to(wide)))
         out = vocab.token_statistics(h, vocab.Head(w), targets, reference, MEASURES["cvar"], "risk", 16)
         out_dtype = torch.float64 if wide == torch.float64 else torch.float32
-        assert all(part.dtype == out_dtype for part in out)
+        assert all(part.dtype == out_dtype for part in out if part is not None)
         grads = torch.autograd.grad((out.logps - out.risk).sum(), (h, w))
         assert grads[0].dtype == wide
-        results.append(([part.detach().double() for part in out], [grad.double() for grad in grads]))
+        results.append(([part.detach().double() for part in out[:4]], [grad.double() for grad in grads]))
     (low, low_grads), (exact, exact_grads) = results
     for mine, theirs in zip(low, exact):
         assert (mine - theirs).abs().max() < 5e-6 * max(1.0, theirs.abs().max())
@@ -220,3 +220,24 @@ def test_no_vocabulary_axis_outlives_a_chunk(mode):
             (out.logps + out.risk).sum().backward()
     assert largest <= max(2 * chunk * v, v * d)  # red when the logits of all n positions exist at once
     assert max(saved) <= v * d
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_entropy_and_its_gradient(chunk):
+    """H = -sum_v pi log pi by full logits; red: drop the entropy's term in backward."""
+    hidden, weight, bias, ref, targets = case()
+    head = vocab.Head(weight, bias, 4.0, 0.7)
+    found = vocab.token_statistics(hidden, head, targets, chunk_size=chunk, entropy=True)
+    z = 4.0 * torch.tanh((hidden @ weight.T + bias) * 0.7 / 4.0)
+    truth = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+    assert (found.entropy - truth).abs().max() < 1e-12
+    upstream = torch.linspace(-1, 1, len(truth), dtype=torch.float64)
+    leaves = (hidden, weight, bias)
+    mine = torch.autograd.grad((found.entropy * upstream).sum(), leaves)  # logps unused: no gradient given
+    theirs = torch.autograd.grad((truth * upstream).sum(), leaves)
+    for one, other in zip(mine, theirs):
+        assert (one - other).abs().max() < 1e-12
+    without = vocab.token_statistics(hidden, head, targets, ref, MEASURES["cvar"], "risk", chunk)
+    both = vocab.token_statistics(hidden, head, targets, ref, MEASURES["cvar"], "risk", chunk, True)
+    assert without.entropy is None
+    assert torch.equal(without.risk, both.risk)

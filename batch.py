@@ -1,0 +1,190 @@
+"""From encoded examples to packed batches, and the plan that says who trains on what. Index arithmetic alone.
+
+    pack           Encoded, ... -> Pack (one row of ids without padding, and the indices the head and losses
+    need)
+    mismatched     an example's prompt with the next one's answers, for KTO's estimate of the KL
+    plan           lengths -> every optimiser step's groups, rank by rank, micro-batch by micro-batch
+
+Left out: groups split over micro-batches or ranks.
+"""
+
+from math import ceil
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+import data
+
+
+class Pack(NamedTuple):
+    """Groups end to end in one row of T tokens: R responses, N trained tokens, B pairs."""
+
+    ids: Tensor  # (1, T)
+    positions: Tensor  # (1, T) restart at 0 with every group and at the prompt's length with every completion
+    groups: list[tuple[int, list[int]]]  # (prompt length, completion lengths), for attention.layout
+    predict: Tensor  # (N,) index into T of the state that predicts each trained token
+    targets: Tensor  # (N,) its token id
+    response: Tensor  # (N,) its response
+    ends: Tensor  # (R,) index into T of each response's last token
+    scores: Tensor  # (R,)
+    desirable: Tensor  # (R,) bool
+    group: Tensor  # (R,) its prompt
+    pairs: Tensor  # (2, B) responses of each pair, the better first
+    margins: Tensor  # (B,)
+    weights: Tensor  # (R,) of each response in the loss; 0 for a filler
+    counted: bool  # False for a filler, whose statistics are not the batch's
+
+    @property
+    def pair_weights(self) -> Tensor:  # (B,)
+        return self.weights[self.pairs[0]]
+
+    def to(self, device: torch.device | str) -> "Pack":
+        return Pack(*[part.to(device) if isinstance(part, Tensor) else part for part in self])
+
+
+class Work(NamedTuple):
+    groups: list[int]  # indices of the groups of one micro-batch of one rank
+    counted: bool  # False for a filler, run with weight 0 so that all ranks meet in every collective
+
+
+def pack(groups: Sequence[data.Encoded], counted: bool = True, pairs: str = "best-worst") -> Pack:
+    """Groups end to end in one row, nothing padded. `counted` False makes every weight 0 (a filler)."""
+    ids, positions, sizes, predict, targets, response, ends, scores, weights = ([] for _ in range(9))
+    labels, members, found, margins = ([] for _ in range(4))
+    for number, group in enumerate(groups):
+        start = len(ids)
+        prompt = len(group.prompt)
+        first_response = len(ends)
+        ids += group.prompt
+        positions += range(prompt)
+        for completion, trained in zip(group.completions, group.trained):
+            begin = len(ids)
+            ids += completion
+            positions += range(prompt, prompt + len(completion))
+            for index, wanted in enumerate(trained):
+                if wanted:
+                    # the prompt's last state predicts the first token of every completion
+                    predict.append(begin + index - 1 if index else start + prompt - 1)
+                    targets.append(completion[index])
+                    response.append(len(ends))
+            ends.append(len(ids) - 1)
+        sizes.append((prompt, [len(completion) for completion in group.completions]))
+        scores += group.scores
+        labels += group.labels or data.desirable(group.scores)
+        members += [number] * len(group.completions)
+        weights += [group.weight * counted] * len(group.completions)
+        compared = data.pair_indices(group.scores, pairs)
+        found += [(first_response + better, first_response + worse) for better, worse in compared]
+        margins += [group.margin] * len(compared)
+    return Pack(
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        sizes,
+        torch.tensor(predict),
+        torch.tensor(targets),
+        torch.tensor(response),
+        torch.tensor(ends),
+        torch.tensor(scores),
+        torch.tensor(labels),
+        torch.tensor(members),
+        torch.tensor(found, dtype=torch.long).reshape(-1, 2).t(),
+        torch.tensor(margins),
+        torch.tensor(weights),
+        counted,
+    )
+
+
+def partners(examples: Sequence[data.Encoded], order: Sequence[int]) -> dict[int, int]:
+    """For every example the next one in the order, which wraps, whose prompt differs.
+
+    Raises ValueError if all prompts are the same.
+    """
+    prompts = [examples[index].prompt for index in order]
+    last = next((k for k in range(len(order)) if prompts[k] != prompts[(k + 1) % len(order)]), None)
+    if last is None:
+        raise ValueError("the KL estimate needs two different prompts")
+    found = {}
+    for k in range(last, last - len(order), -1):
+        following = (k + 1) % len(order)
+        differs = prompts[k % len(order)] != prompts[following]
+        found[order[k % len(order)]] = order[following] if differs else found[order[following]]
+    return found
+
+
+def mismatched(example: data.Encoded, other: data.Encoded, max_length: int) -> data.Encoded:
+    """An example's prompt with another's completions, as many as its own; cut on the right to max_length."""
+    taken = [j % len(other.completions) for j in range(len(example.completions))]
+    room = max_length - len(example.prompt)
+    completions = [other.completions[j][:room] for j in taken]
+    masks = [other.trained[j][:room] for j in taken]
+    return example._replace(completions=completions, trained=masks)
+
+
+def plan(
+    lengths: Sequence[int],
+    batch_size: int,
+    world_size: int,
+    tokens_per_microbatch: int,
+    seed: int | None,
+    epoch: int = 0,
+    units: Sequence[int] | None = None,
+) -> list[list[list[Work]]]:
+    """Every optimiser step of an epoch: plan[step][rank] is that rank's micro-batches in order.
+
+    `lengths` are tokens of each group. A step takes groups of batch_size units (pairs or responses; `units`
+    None: every group is one) over all ranks, the group that crosses the border going to the next step; the
+    last step of the epoch takes what is left. All ranks have the same number of micro-batches in a step, as
+    collectives demand; a rank without work runs the smallest group uncounted. No micro-batch exceeds the
+    budget unless a single group does. A pure function: every rank computes the same plan, and resuming at a
+    step is looking it up.
+    """
+    order = epoch_order(len(lengths), seed, epoch)
+    units = units or [1] * len(lengths)
+    batch_size = max(batch_size, *units)
+    smallest = min(order, key=lambda index: lengths[index])
+    batches = [[] for _ in range(steps_per_epoch(units, batch_size))]
+    done = 0
+    for index in order:
+        done += units[index]
+        batches[(done - 1) // batch_size].append(index)
+    steps = []
+    for batch in batches:
+        bins = _balance(batch, lengths, world_size, tokens_per_microbatch)
+        works = [Work(groups, True) if groups else Work([smallest], False) for groups in bins]
+        steps.append([works[rank::world_size] for rank in range(world_size)])
+    return steps
+
+
+def epoch_order(size: int, seed: int | None, epoch: int) -> list[int]:
+    """The permutation of an epoch by (seed, epoch); a seed of None keeps the order of the data."""
+    if seed is None:
+        return list(range(size))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def steps_per_epoch(units: Sequence[int], batch_size: int) -> int:
+    """Optimiser steps of an epoch: no group is split, so a step has at least the units of the largest."""
+    return ceil(sum(units) / max(batch_size, *units))
+
+
+def _balance(groups: list[int], lengths: Sequence[int], world_size: int, budget: int) -> list[list[int]]:
+    """Groups into the fewest multiple of world_size bins within the budget, longest first into the emptiest
+    bin.
+
+    Bins come sorted by tokens, so that the ranks of one micro-batch carry nearly the same load.
+    """
+    by_length = sorted(groups, key=lambda index: -lengths[index])
+    rounds = max(1, ceil(sum(min(lengths[index], budget) for index in groups) / (world_size * budget)))
+    while True:
+        bins = [[] for _ in range(rounds * world_size)]
+        loads = [0] * len(bins)
+        for index in by_length:
+            target = loads.index(min(loads))
+            bins[target].append(index)
+            loads[target] += lengths[index]
+        if all(load <= budget or len(members) == 1 for load, members in zip(loads, bins)):
+            ranked = sorted(range(len(bins)), key=lambda position: -loads[position])
+            return [bins[position] for position in ranked]
+        rounds += 1

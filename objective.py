@@ -1,0 +1,284 @@
+"""What --loss means: its signature, read. Which statistics, data, heads and flags it needs, the one dict that
+its statistics come from, and what is logged of them.
+
+    chosen, make     flags -> Objective, hyper-parameters bound and tried on made-up statistics
+    statistics       a micro-batch -> everything a loss may ask for by name
+    tally, means     losses, rewards, statistics -> sums of a micro-batch -> what metrics.jsonl holds
+
+Nothing here, and nothing in align.py, knows the name of a loss.
+
+Left out: losses that couple the examples of a batch other than through what phase A freezes.
+"""
+
+import argparse
+import functools
+import math
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+import batch
+import config
+import data
+import fsdp
+import losses
+import risk
+import vocab
+
+LOSSES = config.functions_returning(losses, losses.Loss)
+del LOSSES["sft"]  # it sees no preference and would train the rejected answers: sft.py
+RISKS = config.functions_returning(risk, risk.Risk)
+
+
+def rewards_of(pack: batch.Pack, *, rewards: str = "labels") -> Tensor:
+    """The reward of each response (R,): "labels" +1 or -1, "scores" the rows' own. Raises ValueError for
+    another word."""
+    if rewards not in ("labels", "scores"):
+        raise ValueError(f"--rewards must be labels or scores, got {rewards}")
+    return pack.scores if rewards == "scores" else pack.desirable * 2.0 - 1.0
+
+
+# What is not a loss but has flags of its own, and for which losses.
+HELPERS = {
+    "pair losses": data.usable_pair,
+    "any other pair loss": losses.with_sft,
+    "unary losses": data.thin,
+    "losses with advantages": losses.advantages,
+    "the rewards of advantages": rewards_of,
+    "--humanline true": losses.humanline,
+}
+
+
+def chosen(args: argparse.Namespace) -> list[Callable]:
+    """The functions whose keyword-only parameters are flags of this run."""
+    loss = LOSSES[args.loss]
+    needs = config.positional(loss)
+    pairs = in_pairs(needs)
+    own_sft = "sft_weight" in config.hyperparameter_names(loss) or "sequence_scores" in needs
+    asked = {
+        RISKS.get(args.risk): args.risk,
+        data.usable_pair: pairs,
+        losses.with_sft: pairs and not own_sft,
+        data.thin: not pairs,
+        losses.advantages: "token_advantages" in needs,
+        rewards_of: "token_advantages" in needs,
+        losses.humanline: args.humanline,
+    }
+    return [loss, *[function for function, wanted in asked.items() if wanted]]
+
+
+def in_pairs(needs: list[str]) -> bool:
+    """Does a loss compare pairs? Not if it names what only single responses have."""
+    single = ("desirable", "scores", "group", "response", "kl_token_max")
+    return not any(name in single or name.startswith("token_") for name in needs)
+
+
+class Frozen(NamedTuple):
+    """What phase A fixes for a micro-batch: no gradient flows into it, and no other batch changes it."""
+
+    delta: Tensor | None = None  # ()
+    kl_estimate: Tensor | None = None  # ()
+    kl_token_max: Tensor | None = None  # (R,)
+    old_values: Tensor | None = None  # (N,)
+    advantages: Tensor | None = None  # (N,) whitened over the step
+    returns: Tensor | None = None  # (N,)
+
+
+def statistics(
+    pack: batch.Pack,
+    tokens: vocab.Tokens,
+    pairs: bool,
+    frozen: Frozen,
+    values: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> dict[str, Tensor | None]:
+    """Everything a loss may ask for by name. Sums over the trained tokens of a response, nats; `values` (N,)
+    and `scores` (R,) are of the scalar heads."""
+
+    def sums(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        responses = by_response(values, pack)  # (R,)
+        return responses[pack.pairs] if pairs else responses  # (2, B) or (R,)
+
+    return {
+        "policy_logps": sums(tokens.logps),  # (2, B) or (R,)
+        "ref_logps": sums(tokens.ref_logps),  # (2, B) or (R,) frozen
+        "kl": sums(tokens.kl),  # (2, B) or (R,)
+        "risk": sums(tokens.risk),  # (2, B) or (R,)
+        "lengths": sums(torch.ones_like(pack.response, dtype=torch.float32)),  # (2, B) or (R,) trained tokens
+        "margins": pack.margins,  # (B,)
+        "sequence_scores": None if scores is None else scores[pack.pairs],  # (2, B)
+        "desirable": pack.desirable,  # (R,)
+        "scores": pack.scores,  # (R,)
+        "group": pack.group,  # (R,)
+        "response": pack.response,  # (N,)
+        "token_policy_logps": tokens.logps,  # (N,)
+        "token_ref_logps": tokens.ref_logps,  # (N,) frozen
+        "token_entropy": tokens.entropy,  # (N,)
+        "token_values": values,  # (N,)
+        "token_old_values": frozen.old_values,  # (N,) frozen
+        "token_advantages": frozen.advantages,  # (N,) frozen
+        "token_returns": frozen.returns,  # (N,) frozen
+        "kl_estimate": frozen.kl_estimate,  # () frozen
+        "kl_token_max": frozen.kl_token_max,  # (R,) frozen
+        "delta": frozen.delta,  # () frozen
+    }
+
+
+def by_response(values: Tensor, pack: batch.Pack) -> Tensor:
+    """Sums over the tokens of each response: (N,) -> (R,)."""
+    return values.new_zeros(len(pack.ends)).index_add(0, pack.response, values)
+
+
+class Objective(NamedTuple):
+    """What --loss and --risk say, read off the signatures of their functions; hyper-parameters are bound."""
+
+    loss: Callable[..., losses.Loss]
+    needs: list[str]  # the statistics it asks for
+    unit: str  # pairs, responses or tokens: what the loss is a mean over
+    pairs: str | None  # which completions are compared; None for single responses
+    measure: vocab.Measure | None
+    through: str | None  # the drift with a gradient: "kl", "risk" or None
+    with_sft: Callable | None
+    humanline: Callable | None
+    advantages: Callable | None
+    rewards_of: Callable | None
+    thin: Callable | None
+
+    @property
+    def has_reference(self) -> bool:
+        names = ("ref_logps", "token_ref_logps", "kl", "risk", "kl_estimate", "kl_token_max")
+        return any(name in names for name in self.needs)
+
+    @property
+    def mismatches(self) -> bool:
+        return "kl_estimate" in self.needs or "kl_token_max" in self.needs
+
+    @property
+    def scores(self) -> bool:
+        return "sequence_scores" in self.needs
+
+    def units(self, example: data.Encoded, unit: str | None = None) -> int:
+        """How many units an example is: of the mean, or others."""
+        compared = data.pair_indices(example.scores, self.pairs or "best-worst")
+        counts = {
+            "pairs": len(compared),
+            "responses": len(example.completions),
+            "tokens": example.trained_tokens,
+        }
+        return counts[unit or self.unit]
+
+    @property
+    def batch_unit(self) -> str:
+        return "pairs" if self.pairs else "responses"
+
+    def weights(self, pack: batch.Pack) -> Tensor:
+        """Of each unit in the sum."""
+        every = {"pairs": pack.pair_weights, "responses": pack.weights, "tokens": pack.weights[pack.response]}
+        return every[self.unit]
+
+
+def make_objective(args: argparse.Namespace) -> Objective:
+    """Binds the flags, and calls the functions once on made-up statistics, before any model is loaded. Raises
+    ValueError for a hyper-parameter out of range or a statistic that does not exist."""
+    functions = chosen(args)
+    settings = {f: {name: getattr(args, name) for name in config.hyperparameter_names(f)} for f in functions}
+    bound = {f: functools.partial(f, **found) for f, found in settings.items()}
+    needs = config.positional(functions[0])
+    through = next((name for name in ("risk", "kl") if name in needs), None)
+    helpers = (losses.with_sft, losses.humanline, losses.advantages, rewards_of, data.thin)
+    pairs = settings.get(data.usable_pair, {}).get("pairs")
+    measure = bound[RISKS[args.risk]] if args.risk else None
+    objective = Objective(bound[functions[0]], needs, "", pairs, measure, through, *map(bound.get, helpers))
+    example = data.Encoded(
+        [1], [[2, 3, 4], [5, 6]], [[True] * 3, [True] * 2], [1.0, 0.0], labels=[True, False]
+    )
+    if objective.thin is not None:
+        objective.thin([example], 0)
+    pack = batch.pack([example], True, pairs or "best-worst")
+    ones = torch.ones(5)
+    if measure is not None:
+        measure(torch.zeros(2), torch.full((2,), 0.5), None)
+    if objective.advantages is not None:
+        objective.advantages(objective.rewards_of(pack), ones, pack.response)
+    if objective.humanline is not None:
+        objective.humanline(ones, ones)
+    frozen = Frozen(*[ones[0]] * 2, ones[:2], *[ones] * 3)
+    stats = statistics(pack, vocab.Tokens(*[-ones] * 5), bool(pairs), frozen, ones, ones[:2])
+    unknown = [name for name in needs if name not in stats]
+    if unknown:
+        raise ValueError(f"--loss needs {', '.join(unknown)}, which is not among {', '.join(stats)}")
+    out = objective.loss(**{name: stats[name] for name in needs})
+    if objective.with_sft is not None:
+        objective.with_sft(out.losses, stats["policy_logps"], stats["lengths"])
+    units = {1: "pairs", 2: "responses", 5: "tokens"}
+    if out.losses.dim() != 1 or len(out.losses) not in units:
+        raise ValueError(f"--loss returns losses of shape {tuple(out.losses.shape)}, one a unit is needed")
+    return objective._replace(unit=units[len(out.losses)])
+
+
+def summed(values: Tensor, pack: batch.Pack) -> Tensor:
+    """(sum, count) in fp64; (0, 0) for a filler."""
+    return torch.stack([values.sum().double(), values.new_tensor(values.numel()).double()]) * float(
+        pack.counted
+    )
+
+
+def tally(
+    objective: Objective, out: losses.Loss, stats: dict[str, Tensor | None], pack: batch.Pack
+) -> dict[str, Tensor]:
+    """(sum, count) of everything that is logged of a micro-batch."""
+    sums = {"loss": summed(out.losses.detach() * objective.weights(pack), pack)}
+    sums |= {name: summed(values, pack) for name, values in out.metrics.items()}
+    rewards = compare(out.rewards, pack)
+    if objective.has_reference or objective.scores:
+        sums |= {f"rewards/{key}": value for key, value in rewards.items()}
+    else:
+        sums |= {f"logps/{key}": rewards[key] for key in ("margins", "accuracies")}
+    if out.own is not None:
+        sums |= {f"own/{key}": value for key, value in compare(out.own, pack).items()}
+    for name, values in (("logps", stats["policy_logps"]), ("kl", stats["kl"]), ("risk", stats["risk"])):
+        if values is not None:
+            found = compare(values.detach(), pack)
+            sums |= {f"{name}/{key}": found[key] for key in ("chosen", "rejected")}
+    return sums
+
+
+def compare(values: Tensor, pack: batch.Pack) -> dict[str, Tensor]:
+    """(sum, count) of (2, B), (R,) or (N,) values: of chosen and rejected (desirable and undesirable) ones,
+    all, and the margins of pairs; a tie is half right."""
+    if values.dim() == 1:
+        values = values if len(values) == len(pack.ends) else by_response(values, pack)  # (R,)
+        chosen, rejected, margins = (
+            values[pack.desirable],
+            values[~pack.desirable],
+            values[pack.pairs].diff(dim=0),
+        )
+        margins = -margins[0]  # (B,)
+    else:
+        chosen, rejected = values
+        margins = chosen - rejected  # (B,)
+    found = {"chosen": chosen, "rejected": rejected, "mean": values}
+    found |= {"margins": margins, "accuracies": (margins.sign() + 1) / 2}
+    return {name: summed(part, pack) for name, part in found.items()}
+
+
+def check_start(stats: dict[str, Tensor | None]) -> None:
+    """Policy and reference have the same weights and saw the same pack: not one bit may differ."""
+    drifts = [stats["policy_logps"] - stats["ref_logps"], stats["kl"], stats["risk"]]
+    worst = max(drift.detach().abs().max().item() for drift in drifts if drift is not None)
+    if 0 < worst < math.inf:  # what is not finite stops the step itself
+        raise RuntimeError(
+            f"policy and reference have the same weights but differ by {worst:.1e} nats at step 0"
+        )
+
+
+def means(tallies: list[dict[str, Tensor]]) -> dict[str, float]:
+    """What is logged, of all ranks; without pairs the margin is that of the means."""
+    row = fsdp.mean_over_ranks(tallies)
+    for name in ("rewards", "own"):
+        if {f"{name}/chosen", f"{name}/rejected"} <= set(row):
+            row.setdefault(f"{name}/margins", row[f"{name}/chosen"] - row[f"{name}/rejected"])
+    return row
