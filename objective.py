@@ -221,8 +221,9 @@ def make_objective(args: argparse.Namespace) -> Objective:
 
 def summed(values: Tensor, pack: batch.Pack) -> Tensor:
     """(sum, count) in fp64; (0, 0) for a filler."""
-    return torch.stack([values.sum().double(), values.new_tensor(values.numel()).double()]) * float(
-        pack.counted
+    counted = float(pack.counted)
+    return torch.stack(
+        [values.double().sum() * counted, values.new_tensor(values.numel() * counted).double()]
     )
 
 
@@ -249,17 +250,13 @@ def tally(
 def compare(values: Tensor, pack: batch.Pack) -> dict[str, Tensor]:
     """(sum, count) of (2, B), (R,) or (N,) values: of chosen and rejected (desirable and undesirable) ones,
     all, and the margins of pairs; a tie is half right."""
-    if values.dim() == 1:
-        values = values if len(values) == len(pack.ends) else by_response(values, pack)  # (R,)
-        chosen, rejected, margins = (
-            values[pack.desirable],
-            values[~pack.desirable],
-            values[pack.pairs].diff(dim=0),
-        )
-        margins = -margins[0]  # (B,)
+    if values.dim() == 2:
+        chosen, rejected = better, worse = values  # (B,) each
     else:
-        chosen, rejected = values
-        margins = chosen - rejected  # (B,)
+        values = values if len(values) == len(pack.ends) else by_response(values, pack)  # (R,)
+        chosen, rejected = values[pack.desirable], values[~pack.desirable]
+        better, worse = values[pack.pairs]  # (B,) each
+    margins = better - worse  # (B,)
     found = {"chosen": chosen, "rejected": rejected, "mean": values}
     found |= {"margins": margins, "accuracies": (margins.sign() + 1) / 2}
     return {name: summed(part, pack) for name, part in found.items()}

@@ -15,6 +15,7 @@ bash run.sh test       set up, then the test suite; further arguments go to pyte
 bash run.sh setup      only make .venv and install requirements.txt
 bash run.sh step       the time and memory of one step on SmolLM2-135M: bench/step.py (fetches the model, 93 MB)
 bash run.sh exact      the errors of logp, kl and cvar against fp64 on SmolLM2-135M: bench/exact.py
+bash run.sh parity     our losses against TRL's, in an environment of its own (1.5 GB): bench/parity.py
 bash run.sh help       this text
 
 NPROC=2 bash run.sh    two processes through torchrun       RUNS=DIR bash run.sh   another place for the demo's runs
@@ -68,6 +69,7 @@ case "$mode" in
     demo) setup && demo ;;
     test) setup && OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} .venv/bin/python -m pytest -q "$@" ;;
     step) setup && smollm2 && .venv/bin/python bench/step.py --model models/smollm2 "$@" ;;
+    parity) setup && .venv/bin/python bench/parity.py "$@" ;;
     exact) setup && smollm2 && .venv/bin/python bench/exact.py --model models/smollm2 "$@" ;;
     *)
         echo "error: run.sh: no mode '$mode' (bash run.sh help lists them)" >&2
