@@ -143,6 +143,8 @@ def _threshold(x: Tensor, p: Tensor, confidence_level: float) -> Tensor:
     p = p.reshape(x.shape)  # (n, V)
     rows = x.shape[0]
     low, high = x.aminmax(dim=-1, keepdim=True)  # (n, 1)
+    if torch.equal(low, high):  # as between equal models: everything lies at the threshold
+        return torch.stack([low, torch.full_like(low, confidence_level)], -1).reshape(*shape, 2)
     scale = BINS / (high - low).clamp(min=torch.finfo(x.dtype).tiny * BINS)  # (n, 1)
     bins = (
         ((high - x) * scale).fmax(x.new_zeros(())).clamp_(max=BINS - 1).long()

@@ -90,42 +90,48 @@ class _TokenStatistics(torch.autograd.Function):
         head = Head(weight, bias, head.softcap, head.scale)
         project = _projection(head)
         project_reference = _projection(reference[1]) if reference else None
-        logps, ref_logps, kls, risks, entropies, lses, ref_lses, states = ([] for _ in range(8))
-        for rows in _chunks(hidden.shape[0], chunk_size):
+        # What outlives a chunk is allocated before the first: small tensors born between large ones would
+        # cut the freed large ones into pieces, and the process would grow with every chunk.
+        positions, wide = len(targets), torch.promote_types(weight.dtype, torch.float32)
+        made = [hidden.new_empty(positions, dtype=wide) for _ in range(5)]
+        logps, ref_logps, kl, drift, entropies = made  # (N,) each
+        lses, ref_lses = (hidden.new_empty(positions, 1, dtype=wide) for _ in range(2))  # (N, 1) each
+        states = None  # (N, k), of the size that the measure says
+        for rows in _chunks(positions, chunk_size):
             target = targets[rows, None]  # (n, 1)
             logits = project(hidden[rows])  # (n, V)
-            lse = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-            logps.append((logits.gather(-1, target) - lse).squeeze(-1))  # (n,)
-            lses.append(lse)
+            lse = lses[rows] = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+            logps[rows] = (logits.gather(-1, target) - lse).squeeze(-1)  # (n,)
             if entropy:
                 log_probability = logits - lse  # (n, V)
-                entropies.append(-(log_probability.exp() * log_probability).sum(-1))  # (n,)
+                entropies[rows] = -(log_probability.exp() * log_probability).sum(-1)  # (n,)
             if reference is None:
                 continue
             ref_logits = project_reference(reference[0][rows])  # (n, V)
-            ref_lse = ref_logits.logsumexp(-1, keepdim=True)  # (n, 1)
-            ref_logps.append((ref_logits.gather(-1, target) - ref_lse).squeeze(-1))  # (n,)
-            ref_lses.append(ref_lse)
+            ref_lse = ref_lses[rows] = ref_logits.logsumexp(-1, keepdim=True)  # (n, 1)
+            ref_logps[rows] = (ref_logits.gather(-1, target) - ref_lse).squeeze(-1)  # (n,)
             cost, probability = _cost_and_probability(logits, lse, ref_logits, ref_lse)  # (n, V) each
-            kls.append(risk_measures.kl(cost, probability).value)  # (n,)
+            kl[rows] = risk_measures.kl(cost, probability).value  # (n,)
             if measure is not None:
                 result = measure(cost, probability, None)
-                risks.append(result.value)  # (n,)
-                states.append(result.state)
-        found = (logps, ref_logps, kls, risks, entropies)
-        joined = [torch.cat(parts) if parts else None for parts in found]  # (N,) each
-        saved = (hidden, weight, bias, targets, torch.cat(lses), reference and reference[0], joined[4])
-        ctx.save_for_backward(*saved)
+                drift[rows] = result.value  # (n,)
+                if states is None and result.state is not None:
+                    states = result.state.new_empty(positions, result.state.shape[-1])
+                if states is not None:
+                    states[rows] = result.state  # (n, k)
+        ctx.save_for_backward(hidden, weight, bias, targets, lses, reference and reference[0], entropies)
         ctx.head = head._replace(weight=None, bias=None)
         ctx.reference_head = reference[1] if reference else None
-        ctx.ref_lses = torch.cat(ref_lses) if ref_lses else None
+        ctx.ref_lses = ref_lses
         ctx.states = states
         ctx.measure = risk_measures.kl if through == "kl" else measure
         ctx.drift = {None: None, "kl": 2, "risk": 3}[through]
         ctx.chunk_size = chunk_size
-        constant = [joined[1]] + [joined[k] for k in (2, 3) if k != ctx.drift]
+        found = [logps, *([ref_logps, kl] if reference else [None] * 2), drift if measure else None]
+        found = [*found, entropies if entropy else None]
+        constant = [found[1]] + [found[k] for k in (2, 3) if k != ctx.drift]
         ctx.mark_non_differentiable(*[part for part in constant if part is not None])
-        return tuple(joined)
+        return tuple(found)
 
     @staticmethod
     def backward(ctx, *gradients):  # noqa: ANN001, ANN205
@@ -145,13 +151,13 @@ class _TokenStatistics(torch.autograd.Function):
             torch.zeros_like(weight, dtype=wide) if wants_weight else None
         )  # (V, D) one fp32 accumulator
         grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None  # (V,)
-        for index, rows in enumerate(_chunks(hidden.shape[0], ctx.chunk_size)):
+        for rows in _chunks(hidden.shape[0], ctx.chunk_size):
             logits = project(hidden[rows])  # (n, V)
             lse = lses[rows]  # (n, 1)
             if drifts:
                 ref_logits = project_reference(ref_hidden[rows])  # (n, V)
                 cost, probability = _cost_and_probability(logits, lse, ref_logits, ctx.ref_lses[rows])
-                state = ctx.states[index] if ctx.states and ctx.drift == 3 else None
+                state = ctx.states[rows] if ctx.states is not None and ctx.drift == 3 else None
                 weights = ctx.measure(cost, probability, state).weights  # (n, V)
                 # the policy's probability gets -g from logps and g sum(q) from the drift: one multiply for
                 # both

@@ -1,6 +1,6 @@
 """The README's table of methods, from the signatures and docstrings of losses.py.
 
-    python bench/methods.py
+python bench/methods.py
 """
 
 import inspect
@@ -25,11 +25,15 @@ def row(name: str, loss) -> str:
     if objective.in_pairs(needs):
         kind = "pairs"
     else:
-        kind = "scored lists" if "scores" in needs else "labels" if "desirable" in needs else "labels or scores"
+        kind = (
+            "scored lists" if "scores" in needs else "labels" if "desirable" in needs else "labels or scores"
+        )
     reference = any(need.startswith(("ref_", "token_ref_")) for need in needs)
     found = re.search(r"Source:.*?arXiv:(\d{4}\.\d{5})", inspect.getdoc(loss), re.S)
     source = f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else "see its docstring"
-    defaults = {p.name: p.default for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    defaults = {
+        p.name: p.default for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY
+    }
     settings = ", ".join(f"{key} {value:g}" for key, value in defaults.items()) or "-"
     statistics = ", ".join(f"`{need}`" for need in needs)
     return f"| `{name}` | {kind} | {'yes' if reference else 'no'} | {statistics} | {source} | {settings} |"

@@ -138,20 +138,21 @@ def main() -> None:
     config = transformers.AutoConfig.from_pretrained(args.model)
     bound = matmul_seconds(config, int(tokens), int(trained), args.activation_checkpointing == "full")
     seconds = bound["body"] + bound["head"]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     base = statistics.median(row["step_s"] for row in found[args.losses[0]][0])
     lines = [
-        f"{args.pairs} pairs a step, max length 512, bf16, live reference, {torch.get_num_threads()} threads of "
-        f"{_processor()}, torch {torch.__version__}, transformers {transformers.__version__}, commit {commit or 'none'}; "
+        f"{args.pairs} pairs a step, max length 512, bf16, live reference, {describe_machine()}; "
         f"medians of {args.steps * args.rounds} steps after {args.warmup} of warm-up; activation checkpointing "
         f"{args.activation_checkpointing}, {args.tokens_per_microbatch} tokens a micro-batch.",
         "",
         f"| loss | s/step | ratio to {args.losses[0]} | pairs/s | tokens/s | peak RSS, GB | matmul bound / step |",
         "|---|---|---|---|---|---|---|",
     ]
-    record = {"commit": commit, "bound_s": seconds, "matmul_flops": bound["flops_rate"], "losses": {}}
+    record = {
+        "machine": describe_machine(),
+        "bound_s": seconds,
+        "matmul_flops": bound["flops_rate"],
+        "losses": {},
+    }
     for loss, (rows, peak) in found.items():
         step = statistics.median(row["step_s"] for row in rows)
         speed = statistics.median(row["tok_per_s"] for row in rows)
@@ -177,11 +178,17 @@ def main() -> None:
         args.out.write_text(text + "\n", encoding="utf-8")
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def describe_machine() -> str:
+    """Threads, processor, versions and commit, for the line above a table."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "none"
+    return (
+        f"{torch.get_num_threads()} threads of {processor}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, commit {commit}"
+    )
 
 
 if __name__ == "__main__":

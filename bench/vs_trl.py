@@ -1,0 +1,229 @@
+"""One optimiser step of DPO and of SFT: ours against TRL's trainers, same pairs, same model, same machine.
+
+    python bench/vs_trl.py --model models/smollm2 [--steps 8] [--venv DIR] [--out FILE]
+
+TRL runs in an environment of its own (that of bench/parity.py, pinned), in every setting of SETTINGS; ours
+through the real scripts. Both train on the same pairs in the same order, all short enough that neither
+truncates: bf16 compute, AdamW, a live reference. Medians over the steps after the warm-up, peak resident set
+of the whole process by getrusage. Prints a Markdown table and one JSON line.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LENGTH = 512
+# TRL's arguments of each setting tried: autocast keeps fp32 masters as ours does, bf16 weights have none
+SETTINGS = {
+    "TRL DPO, autocast": {"bf16": True, "gradient_checkpointing": False},
+    "TRL DPO, autocast, checkpointing": {"bf16": True, "gradient_checkpointing": True},
+    "TRL DPO, autocast, 4 micro-batches by length": {
+        "bf16": True, "gradient_checkpointing": False, "gradient_accumulation_steps": 4,
+        "per_device_train_batch_size": 2,
+    },
+    "TRL DPO, bf16 weights": {"bf16": False, "gradient_checkpointing": False, "weights": "bfloat16"},
+    "TRL SFT, autocast": {"bf16": True, "gradient_checkpointing": False},
+    "TRL SFT, bf16 weights": {"bf16": False, "gradient_checkpointing": False, "weights": "bfloat16"},
+}  # fmt: skip
+OURS = {
+    "ours, dpo": ["align.py", "--loss", "dpo"],
+    "ours, sft": ["sft.py"],
+}
+
+
+def child(job: dict) -> None:
+    """In TRL's environment: train, and print the seconds of each step and the peak memory as JSON."""
+    import torch
+    import transformers
+    import trl
+    from datasets import Dataset
+
+    options = dict(job["options"])
+    weights = options.pop("weights", "float32")
+    rows = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
+    seconds = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):  # noqa: ANN002, ANN003
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):  # noqa: ANN002, ANN003
+            seconds.append(time.perf_counter() - self.began)
+
+    if "DPO" in job["name"]:
+        answer = {"chosen": "chosen", "rejected": "rejected"}
+        config, trainer = trl.DPOConfig, trl.DPOTrainer
+        options |= {"beta": 0.1}
+    else:
+        answer = {"completion": "chosen"}
+        config, trainer = trl.SFTConfig, trl.SFTTrainer
+        options |= {"completion_only_loss": True}
+    table = [
+        {
+            "prompt": row["prompt"],
+            **{to: [{"role": "assistant", "content": row[of]}] for to, of in answer.items()},
+        }
+        for row in rows
+    ]
+    settings = {
+        "output_dir": job["folder"], "per_device_train_batch_size": job["pairs"], "max_steps": job["steps"],
+        "max_length": MAX_LENGTH, "learning_rate": 5e-6, "use_cpu": True, "report_to": "none", "save_strategy": "no",
+        "logging_steps": 1, "train_sampling_strategy": "sequential", "disable_tqdm": True, "optim": "adamw_torch",
+    }  # fmt: skip
+    lm = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, weights))
+    run = trainer(
+        model=lm,
+        args=config(**(settings | options)),
+        train_dataset=Dataset.from_list(table),
+        processing_class=transformers.AutoTokenizer.from_pretrained(job["model"]),
+        callbacks=[Clock()],
+    )
+    run.train()
+    losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(json.dumps({"seconds": seconds, "peak_gb": peak, "loss": losses[0], "trl": trl.__version__}))
+
+
+def choose_pairs(model: str, source: str, number: int, folder: Path) -> tuple[Path, list[int], list[int]]:
+    """A file of pairs that fit, in the order in which seed 0 trains them, and the tokens of each: prompt and
+    both answers as packed; prompt and chosen."""
+    sys.path.insert(0, str(ROOT))
+    import batch
+    import data
+    import model as models
+
+    tokenizer = models.load_tokenizer(model)
+    template = data.chat_template(tokenizer, None)
+    kept, pair_tokens, sft_tokens = [], [], []
+    for example in data.load(source, "train")[0]:
+        found = data.encode(example, tokenizer, 4096, 2048, template)
+        longest = len(found.prompt) + max(map(len, found.completions))
+        if len(found.prompt) < MAX_LENGTH // 2 and longest < MAX_LENGTH - 8:
+            kept.append(dict(zip(("prompt", "chosen", "rejected"), (example.prompt, *example.completions))))
+            pair_tokens.append(found.tokens)
+            sft_tokens.append(len(found.prompt) + len(found.completions[0]))
+        if len(kept) == number:
+            break
+    order = batch.epoch_order(number, 0, 0)
+    for name, rows in (("ours", kept), ("trl", [kept[index] for index in order])):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder, [pair_tokens[index] for index in order], [sft_tokens[index] for index in order]
+
+
+def run_ours(command: list[str], args: argparse.Namespace, folder: Path) -> dict:
+    out = folder / Path(command[0]).stem
+    flags = [
+        "--model",
+        args.model,
+        "--data",
+        str(folder / "ours.jsonl"),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
+    flags += ["--batch-size", str(args.pairs), "--max-length", str(MAX_LENGTH), "--eval-every", "0"]
+    flags += [
+        "--tokens-per-microbatch",
+        str(args.tokens_per_microbatch),
+        "--lr",
+        "5e-6",
+        "--warmup-steps",
+        "0",
+    ]
+    done = subprocess.run([sys.executable, *command, *flags], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-4000:])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    peak = max(row["mem_gb"] for row in rows)
+    return {"seconds": [row["step_s"] for row in rows], "peak_gb": peak, "loss": rows[0]["loss"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", default="examples/hh_train.jsonl")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-trl")
+    parser.add_argument("--only", default="", help="settings whose name holds this, besides ours")
+    parser.add_argument("--out", type=Path, default=None, help="also write the output here")
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(json.loads(Path(args.child).read_text(encoding="utf-8")))
+        return
+    from parity import install
+    from step import describe_machine
+
+    python = install(args.venv)
+    total = args.warmup + args.steps
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _, pair_tokens, sft_tokens = choose_pairs(args.model, args.data, args.pairs * total, folder)
+        for label, command in OURS.items():
+            found[label] = run_ours(command, args, folder)
+        for label, options in SETTINGS.items():
+            if args.only not in label:
+                continue
+            job = {"name": label, "options": options, "data": str(folder / "trl.jsonl"), "steps": total}
+            job |= {
+                "model": str(Path(args.model).resolve()),
+                "pairs": args.pairs,
+                "folder": str(folder / "trl"),
+            }
+            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+            command = [str(python), __file__, "--model", args.model, "--child", str(folder / "job.json")]
+            env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
+            if done.returncode:  # does not fit, or is refused by TRL: said in the table
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                found[label] = {"failed": f"exit code {done.returncode}: {last[:100]}"}
+            else:
+                found[label] = json.loads(done.stdout.strip().splitlines()[-1])
+    lines = [
+        f"{args.pairs} pairs a step, max length {MAX_LENGTH}, bf16, live reference, {describe_machine()}, TRL 1.16.0; "
+        f"medians of {args.steps} steps after {args.warmup} of warm-up.",
+        "",
+        "| run | s/step | pairs/s | tokens/s | speed, ours to it | peak RSS, GB | memory, ours to it | first loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, result in found.items():
+        if "failed" in result:
+            lines.append(f"| {label} | {result['failed']} | - | - | - | - | - | - |")
+            continue
+        seconds = statistics.median(result["seconds"][args.warmup :])
+        ours = found["ours, sft" if "sft" in label.lower() else "ours, dpo"]
+        speed = seconds / statistics.median(ours["seconds"][args.warmup :])
+        memory = ours["peak_gb"] / result["peak_gb"]
+        tokens = sum((sft_tokens if "sft" in label.lower() else pair_tokens)[args.pairs * args.warmup :])
+        rate = tokens / sum(result["seconds"][args.warmup :])
+        lines.append(
+            f"| {label} | {seconds:.2f} | {args.pairs / seconds:.2f} | {rate:.0f} | {speed:.2f} | "
+            f"{result['peak_gb']:.2f} | {memory:.2f} | {result['loss']:.4f} |"
+        )
+    lines += [
+        "",
+        "Tokens are those of the packed form (a prompt once), the same for both; padding counts nowhere.",
+    ]
+    text = "\n".join(lines)
+    print(text)
+    print(json.dumps(found))
+    if args.out:
+        args.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
