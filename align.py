@@ -31,8 +31,8 @@ import fsdp
 import losses
 import model
 import vocab
-from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start, chosen
-from objective import make_objective, means, statistics, summed, tally
+from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start
+from objective import make_objective, means, resolve, statistics, summed, tally
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--weight-decay", type=config.not_negative, default=0.0)
     add("--adam-eps", type=config.positive, default=1e-8)
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over the step")
-    add("--max-value-grad-norm", type=config.positive, default=0.1, help="the same, of a value head alone")
+    add("--max-value-grad-norm", type=config.positive, default=None, help="of a value head alone; None: 0.1")
     add("--ppo-epochs", type=config.count, default=1, help="optimiser steps on a batch, its phase A kept")
     add("--humanline", type=config.boolean, default=False, help="clamp the log-ratio of each token")
     add("--sync-reference-every", type=config.count_or_zero, default=0, help="steps; 0: the reference stays")
@@ -72,27 +72,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     config.add_hyperparameters(made, LOSSES | HELPERS, "hyper-parameters of --loss, and what goes with it")
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
     args = config.parse(made, argv)
-    args.max_prompt_length = args.max_prompt_length or args.max_length // 2
-    if args.max_prompt_length >= args.max_length:
-        config.fail(
-            f"--max-prompt-length {args.max_prompt_length} must be less than --max-length {args.max_length}"
-        )
-    needs = config.positional(LOSSES[args.loss])
-    if args.risk and "risk" not in needs:
-        config.fail(f"--loss {args.loss} takes no --risk")
-    if args.risk is None and "risk" in needs:
-        args.risk = "cvar"
-    through_ratio = {"policy_logps", "ref_logps"} <= set(needs) or "token_ref_logps" in needs
-    if args.humanline and (not through_ratio or {"kl", "risk"} & set(needs)):
-        config.fail(f"--loss {args.loss} takes no --humanline: it is not a function of the log-ratio alone")
-    if args.sync_reference_every and not through_ratio:
-        config.fail(f"--loss {args.loss} has no reference for --sync-reference-every")
-    for name in ("steps", "save_every", "eval_every", "sync_reference_every"):
-        if (getattr(args, name) or 0) % args.ppo_epochs:
-            config.fail(f"--{name.replace('_', '-')} must be a multiple of --ppo-epochs {args.ppo_epochs}")
-    risk_name = f" --risk {args.risk}" if args.risk else ""
-    everything = [*LOSSES.values(), *RISKS.values(), *HELPERS.values()]
-    config.resolve_hyperparameters(args, f"--loss {args.loss}{risk_name}", chosen(args), everything)
+    resolve(args)
     return args
 
 
@@ -109,9 +89,16 @@ def load_examples(
     examples, dropped = data.load(source, split)
     if objective.pairs:
         examples = [data.usable_pair(example, pairs=objective.pairs) for example in examples]
+    else:
+        examples = [data.usable_feedback(example) for example in examples]
     encoder = data.encode_rendered if objective.scores else data.encode
     limits = (args.max_length, args.max_prompt_length)
     encoded = data.encode_all(examples, dropped, tokenizer, template, *limits, source, say, encoder)
+    if objective.mismatches:
+        try:
+            batch.partners(encoded, range(len(encoded)))  # refused now if it cannot be done later
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
     offsets = sum(example.margin != 0 for example in encoded)
     if offsets and "margins" not in objective.needs:
         say(f"{source}: {offsets} rows have a margin, which --loss {args.loss} does not use")
@@ -196,16 +183,16 @@ def freeze(
                 sums[name] = summed(series, pack)
                 sums[f"{name}_squared"] = summed(series.double().square(), pack)
         tallies.append(sums)
-    means = fsdp.mean_over_ranks(tallies)
+    found = fsdp.mean_over_ranks(tallies)
     logged = {}
     if objective.mismatches:
-        logged["kl_estimate"] = means["kl_estimate"]
-        estimate = torch.tensor(means["kl_estimate"], dtype=torch.float32, device=delta.device)
-        founds = [found._replace(kl_estimate=estimate) for found in founds]
+        logged["kl_estimate"] = found["kl_estimate"]
+        estimate = torch.tensor(found["kl_estimate"], dtype=torch.float32, device=delta.device)
+        founds = [f._replace(kl_estimate=estimate) for f in founds]
     if objective.advantages is not None:
-        spread = {n: means[f"{n}_squared"] - means[n] ** 2 for n in ("advantages", "returns", "errors")}
+        spread = {n: found[f"{n}_squared"] - found[n] ** 2 for n in ("advantages", "returns", "errors")}
         scale = (max(0.0, spread["advantages"]) + 1e-8) ** -0.5
-        founds = [f._replace(advantages=(f.advantages - means["advantages"]) * scale) for f in founds]
+        founds = [f._replace(advantages=(f.advantages - found["advantages"]) * scale) for f in founds]
         if spread["returns"] > 1e-12:  # else there is nothing to explain
             logged["explained_variance"] = 1 - spread["errors"] / spread["returns"]
     return founds, logged
@@ -255,7 +242,7 @@ def evaluate(
         tallies.append(tally(objective, out, stats, pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
-    number = sum(objective.units(example, objective.batch_unit) for example in examples)
+    number = sum(objective.batch_units(example) for example in examples)
     return {"split": "eval", objective.batch_unit: number, **means(tallies), **logged}
 
 
@@ -286,19 +273,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluated = data.subset(evaluated, args.eval_examples)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
-        policy = model.load(args.model, torch.float32, *options)
+        policy = model.load(args.model, torch.float32, *options, reward_model=objective.scores)
         reference = None
         if objective.has_reference:
             size = policy.head.weight.shape[0]
             reference = model.load(args.reference or args.model, dtype, *options, vocabulary=size)
         model.check_vocabulary(tokenizer, policy, reference)
+        if args.sync_reference_every:
+            model.check_twins(policy, reference)
         if objective.advantages is not None:
-            model.add_value_head(policy, args.seed)
+            model.add_value_head(policy, args.model, args.seed)
         if objective.scores:
             tokenizer.pad_token_id = data.padding_id(tokenizer)
-            model.add_score(policy, tokenizer.pad_token_id)
-        for examples in filter(len, (train, evaluated) if objective.mismatches else ()):
-            batch.partners(examples, range(len(examples)))  # refused now if it cannot be done later
+            model.add_score(policy, args.model, tokenizer.pad_token_id)
     tokenizer.chat_template = template[1] or tokenizer.chat_template  # what was trained with goes along
     if args.activation_checkpointing == "full":
         model.checkpoint_activations(policy)
@@ -315,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra["reference"] = dict(reference.named_parameters())
 
     lengths = [example.tokens for example in train]
-    units = [objective.units(example, objective.batch_unit) for example in train]
+    units = [objective.batch_units(example) for example in train]
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
     with config.user_errors():
@@ -326,8 +313,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank == 0:
         config.rewind_log(args.out, start)
         tokenizer.save_pretrained(f"{args.out}/tokenizer")
-    many = f"{sum(units)} {objective.batch_unit}"
-    say(f"start at step {start} of {total}: {args.loss}, {many}, {world_size} ranks")
+    size = f"{sum(units)} {objective.batch_unit}"
+    say(f"start at step {start} of {total}: {args.loss}, {size}, {world_size} ranks")
     same_weights = objective.has_reference and args.reference in (None, args.model)
 
     config.write_status(args, rank, "running", start)

@@ -95,20 +95,59 @@ def pack(groups: Sequence[data.Encoded], counted: bool = True, pairs: str = "bes
     )
 
 
+def thin(
+    examples: Sequence[data.Encoded],
+    seed: int,
+    *,
+    keep_desirable: float = 1.0,
+    keep_undesirable: float = 1.0,
+) -> list[data.Encoded]:
+    """A fraction of the desirable completions and one of the undesirable, chosen by the seed.
+
+    Raises ValueError unless both are in (0, 1], or [0, 1] for one of them.
+    """
+    fractions = {True: keep_desirable, False: keep_undesirable}
+    if not all(0 <= fraction <= 1 for fraction in fractions.values()) or not any(fractions.values()):
+        raise ValueError(f"--keep-desirable and --keep-undesirable are fractions, got {fractions}")
+    generator = torch.Generator().manual_seed(seed)
+    kept = set()
+    for label, fraction in fractions.items():
+        places = [
+            (i, j)
+            for i, example in enumerate(examples)
+            for j, found in enumerate(example.labels)
+            if found == label
+        ]
+        chosen = torch.randperm(len(places), generator=generator)[: round(fraction * len(places))]
+        kept |= {places[index] for index in chosen.tolist()}
+    thinned = []
+    for i, example in enumerate(examples):
+        wanted = [j for j in range(len(example.completions)) if (i, j) in kept]
+        if wanted:
+            lists = (example.completions, example.trained, example.scores, example.labels)
+            completions, trained, scores, labels = ([values[j] for j in wanted] for values in lists)
+            thinned.append(
+                example._replace(completions=completions, trained=trained, scores=scores, labels=labels)
+            )
+    if examples and not thinned:
+        raise ValueError(
+            f"nothing is left at --keep-desirable {keep_desirable}, --keep-undesirable {keep_undesirable}"
+        )
+    return thinned
+
+
 def partners(examples: Sequence[data.Encoded], order: Sequence[int]) -> dict[int, int]:
     """For every example the next one in the order, which wraps, whose prompt differs.
 
     Raises ValueError if all prompts are the same.
     """
-    prompts = [examples[index].prompt for index in order]
-    last = next((k for k in range(len(order)) if prompts[k] != prompts[(k + 1) % len(order)]), None)
-    if last is None:
-        raise ValueError("the KL estimate needs two different prompts")
     found = {}
-    for k in range(last, last - len(order), -1):
-        following = (k + 1) % len(order)
-        differs = prompts[k % len(order)] != prompts[following]
-        found[order[k % len(order)]] = order[following] if differs else found[order[following]]
+    twice = [*order, *order]  # walked backwards: the second copy gives the first what comes after its end
+    for index, following in zip(twice[-2::-1], twice[:0:-1]):
+        differs = examples[index].prompt != examples[following].prompt
+        found[index] = following if differs else found.get(following)
+    if None in found.values():
+        raise ValueError("the KL estimate needs two different prompts")
     return found
 
 
@@ -118,6 +157,8 @@ def mismatched(example: data.Encoded, other: data.Encoded, max_length: int) -> d
     room = max_length - len(example.prompt)
     completions = [other.completions[j][:room] for j in taken]
     masks = [other.trained[j][:room] for j in taken]
+    if not example.prompt:
+        masks = [[False, *mask[1:]] for mask in masks]  # nothing predicts the first token of all
     return example._replace(completions=completions, trained=masks)
 
 
@@ -132,12 +173,12 @@ def plan(
 ) -> list[list[list[Work]]]:
     """Every optimiser step of an epoch: plan[step][rank] is that rank's micro-batches in order.
 
-    `lengths` are tokens of each group. A step takes groups of batch_size units (pairs or responses; `units`
-    None: every group is one) over all ranks, the group that crosses the border going to the next step; the
-    last step of the epoch takes what is left. All ranks have the same number of micro-batches in a step, as
-    collectives demand; a rank without work runs the smallest group uncounted. No micro-batch exceeds the
-    budget unless a single group does. A pure function: every rank computes the same plan, and resuming at a
-    step is looking it up.
+    `lengths` are tokens of each group. A step takes groups of batch_size units on average (pairs or
+    responses; `units` None: every group is one) over all ranks: the group that crosses a border goes to the
+    next step, and the last step of the epoch takes what is left. All ranks have the same number of
+    micro-batches in a step, as collectives demand; a rank without work runs the smallest group uncounted. No
+    micro-batch exceeds the budget unless a single group does. A pure function: every rank computes the same
+    plan, and resuming at a step is looking it up.
     """
     order = epoch_order(len(lengths), seed, epoch)
     units = units or [1] * len(lengths)

@@ -291,7 +291,7 @@ def _write(
     config = copy.deepcopy(lm.config)
     kind = AutoModelForSequenceClassification if hasattr(lm, "score") else AutoModelForCausalLM
     with torch.device("meta"):
-        skeleton = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        skeleton = kind.from_config(config, dtype=dtype, attn_implementation="eager")
     if kind is AutoModelForCausalLM:
         skeleton.generation_config = lm.generation_config
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}

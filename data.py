@@ -60,6 +60,7 @@ class Example(NamedTuple):
     weight: float = 1.0  # of this example in the loss
     margin: float = 0.0  # how much better the best is, for losses that use it
     where: str = ""  # file:line, for error messages
+    labelled: bool = True  # False: the scores say nothing
 
 
 class Encoded(NamedTuple):
@@ -240,13 +241,13 @@ def _example(row: Any, where: str) -> Example:
             f'{where}: not an object; a row is {{"prompt": ..., "chosen": ..., "rejected": ...}}'
         )
     if "text" in row:
-        return Example([], [_string(row["text"], "text", where)], [1.0], where=where)
+        return Example([], [_string(row["text"], "text", where)], [1.0], where=where, labelled=False)
     if "messages" in row:
         turns = _turns(row["messages"], "messages", where)
         answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
             raise ValueError(f'{where}: "messages" has no assistant turn to train on')
-        return Example(turns[: answers[0]], [turns[answers[0] :]], [1.0], where=where)
+        return Example(turns[: answers[0]], [turns[answers[0] :]], [1.0], where=where, labelled=False)
     prompt = _turns(_value(row, "prompt", where), "prompt", where)
     options = {key: _number(row[key], key, where) for key in ("weight", "margin") if key in row}
     if options.get("weight", 1.0) < 0:
@@ -256,7 +257,7 @@ def _example(row: Any, where: str) -> Example:
         if not isinstance(label, bool):
             raise ValueError(f'{where}: "label" must be true or false, got {json.dumps(label)[:40]}')
         answer = _answer(row["completion"], "completion", where)
-        return Example(prompt, [answer], [float(label)], where=where, **options)
+        return Example(prompt, [answer], [float(label)], where=where, labelled="label" in row, **options)
     if "completions" in row:
         answers = row["completions"]
         scores = _value(row, "scores", where)
@@ -443,6 +444,26 @@ def encode(
     return Encoded(prompt, completions, masks, example.scores, example.weight, example.margin, labels)
 
 
+def encode_conditioned(
+    example: Example,
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    template: tuple[str, str | None],
+) -> Encoded | str:
+    """`encode`, with the control token of its label before each completion, trained like it; for conditional
+    SFT. The id follows the prompt's ids at once, whatever the template writes before an answer."""
+    if not all(isinstance(completion, str) for completion in example.completions):
+        return "a conversation has no label"
+    found = encode(example, tokenizer, max_length - 1, max_prompt_length, template)
+    if isinstance(found, str):
+        return found
+    good, bad = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
+    completions = [[good if label else bad, *ids] for label, ids in zip(found.labels, found.completions)]
+    masks = [[bool(found.prompt), *[True] * len(ids)] for ids in found.completions]
+    return found._replace(completions=completions, trained=masks)
+
+
 def encode_rendered(
     example: Example,
     tokenizer: Any,
@@ -483,7 +504,10 @@ def encode_rendered(
 
 def padding_id(tokenizer: Any) -> int:
     """The id that pads a batch of conversations: the tokenizer's, else its end of text."""
-    return _eos(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if found is None:
+        raise ValueError("tokenizer has neither a padding nor an eos token, and a classifier needs one")
+    return found
 
 
 def _render(
@@ -608,48 +632,16 @@ def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str
     return example._replace(completions=completions, scores=[example.scores[index] for index in used])
 
 
+def usable_feedback(example: Example) -> Example | str:
+    """The example, or the reason why its completions are not known to be good or bad."""
+    return example if example.labelled else "it has no label"
+
+
 def desirable(scores: Sequence[float]) -> list[bool]:
     """The label of each completion of a prompt: several are compared with the mean of their scores, one alone
     (or several of the same score) with 0."""
     middle = sum(scores) / len(scores) if len(set(scores)) > 1 else 0.0
     return [score > middle for score in scores]
-
-
-def thin(
-    examples: Sequence[Encoded],
-    seed: int,
-    *,
-    keep_desirable: float = 1.0,
-    keep_undesirable: float = 1.0,
-) -> list[Encoded]:
-    """A fraction of the desirable completions and one of the undesirable, chosen by the seed.
-
-    Raises ValueError unless both are in (0, 1], or [0, 1] for one of them.
-    """
-    fractions = {True: keep_desirable, False: keep_undesirable}
-    if not all(0 <= fraction <= 1 for fraction in fractions.values()) or not any(fractions.values()):
-        raise ValueError(f"--keep-desirable and --keep-undesirable are fractions, got {fractions}")
-    generator = torch.Generator().manual_seed(seed)
-    kept = set()
-    for label, fraction in fractions.items():
-        places = [
-            (i, j)
-            for i, example in enumerate(examples)
-            for j, found in enumerate(example.labels)
-            if found == label
-        ]
-        chosen = torch.randperm(len(places), generator=generator)[: round(fraction * len(places))]
-        kept |= {places[index] for index in chosen.tolist()}
-    thinned = []
-    for i, example in enumerate(examples):
-        wanted = [j for j in range(len(example.completions)) if (i, j) in kept]
-        if wanted:
-            lists = (example.completions, example.trained, example.scores, example.labels)
-            completions, trained, scores, labels = ([values[j] for j in wanted] for values in lists)
-            thinned.append(
-                example._replace(completions=completions, trained=trained, scores=scores, labels=labels)
-            )
-    return thinned
 
 
 def best_completion(example: Example) -> Example | str:
@@ -659,12 +651,3 @@ def best_completion(example: Example) -> Example | str:
         return "labelled undesirable" if len(example.scores) == 1 else "no completion is the better one"
     best = max(range(len(example.scores)), key=lambda index: example.scores[index])
     return example._replace(completions=[example.completions[best]], scores=[example.scores[best]])
-
-
-def conditioned(example: Example) -> Example | str:
-    """The example with a control token before each completion, by its label, for conditional SFT; or the
-    reason why it has no labels."""
-    if not all(isinstance(completion, str) for completion in example.completions):
-        return "a conversation has no label"
-    tokens = [CONTROL_TOKENS[not label] for label in desirable(example.scores)]
-    return example._replace(completions=[token + text for token, text in zip(tokens, example.completions)])

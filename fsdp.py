@@ -77,11 +77,15 @@ def mean_over_ranks(tallies: list[dict[str, Tensor]]) -> dict[str, float]:
     return {name: total / count for name, (total, count) in zip(tallies[0], sums.tolist()) if count}
 
 
+@torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """The parameters of source into those of target, sharded alike, in target's dtype."""
-    for mine, theirs in zip(source.parameters(), target.parameters(), strict=True):
-        theirs.to_local().copy_(mine.to_local())
-    target.reshard()  # its gathered copy, if it has one, is the old one
+    """The parameters of source into those of target that bear the same names, sharded alike, in target's
+    dtype. Both are freed first: what they have gathered is the old."""
+    source.reshard()
+    target.reshard()
+    given = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        parameter.to_local().copy_(given[name].to_local())
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

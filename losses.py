@@ -571,7 +571,6 @@ def advantages(
     table = values.new_zeros(len(rewards), int(lengths.max()) + 1)  # (R, longest + 1)
     table[response, backwards + 1] = values
     found = torch.zeros_like(table)
-    found[:, 0] = rewards
     future = torch.zeros_like(rewards)  # (R,) A_{t+1}
     for t in range(1, table.shape[1]):
         reward = rewards if t == 1 else 0.0

@@ -7,11 +7,13 @@ refuses one for which packing is not exact. Left out: encoder-decoders, images, 
 attention code of their own.
 """
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -74,13 +76,15 @@ def load(
     seed: int = 0,
     trust_remote_code: bool = False,
     vocabulary: int = 0,
+    reward_model: bool = False,
 ) -> LanguageModel:
     """A LanguageModel from a local directory or a hub name, on the CPU, in training mode with every dropout
     at 0.
 
     `weights` "random" starts from the directory's config.json alone, with transformers' own initialisation
     under `seed`. Embeddings grow to `vocabulary` rows where they have fewer and are never shrunk; new rows
-    are the mean of the old ones, so that equal models stay equal. Raises ValueError: no such model, pickle
+    are the mean of the old ones, so that equal models stay equal. With `reward_model` a sequence classifier
+    is taken too, as the language model whose head it has lost. Raises ValueError: no such model, pickle
     weights, missing weights, positions shorter than `max_length`, or an architecture for which packed
     attention does not reproduce the model's own logits.
     """
@@ -102,7 +106,11 @@ def load(
                 ignore_mismatched_sizes=True,
                 **options,
             )
-            _refuse_missing(path, report, lm)
+            scorer = any("ForSequenceClassification" in name for name in config.architectures or ())
+            if scorer and not reward_model:
+                raise ValueError("a classifier, not a language model")
+            head = {f"lm_head.{kind}" for kind in ("weight", "bias")} if scorer else set()
+            _refuse_missing(path, {**report, "missing_keys": set(report["missing_keys"]) - head}, lm)
     except Exception as error:  # a dozen unrelated types for a directory that is not a model
         what = str(error).strip() or type(error).__name__
         raise ValueError(f"{path}: {what.splitlines()[0].removeprefix(f'{path}: ')}") from error
@@ -136,7 +144,14 @@ def check_vocabulary(tokenizer: Any, policy: LanguageModel, reference: LanguageM
         raise ValueError(f"--reference has vocabulary {reference.head.weight.shape[0]}, the policy {size}")
 
 
-def add_value_head(model: LanguageModel, seed: int) -> None:
+def check_twins(policy: LanguageModel, reference: LanguageModel) -> None:
+    """Raises ValueError unless the policy can be copied into the reference."""
+    shapes = [{name: p.shape for name, p in lm.lm.named_parameters()} for lm in (policy, reference)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("--sync-reference-every needs a --reference of the policy's architecture")
+
+
+def add_value_head(model: LanguageModel, path: str, seed: int) -> None:
     """Give it a critic: D -> D -> D -> 1 with ReLUs, in fp32; its last layer starts at 0, so every value
     does."""
     size = model.head.weight.shape[1]
@@ -146,10 +161,14 @@ def add_value_head(model: LanguageModel, seed: int) -> None:
     )
     nn.init.zeros_(model.value_head[-1].weight)
     nn.init.zeros_(model.value_head[-1].bias)
+    saved = Path(path) / "value_head.safetensors"
+    if saved.exists():
+        model.load_state_dict(load_file(saved), strict=False)
 
 
-def add_score(model: LanguageModel, padding_id: int) -> None:
-    """Give it the scalar head `score` of transformers' sequence classifiers, starting at 0.
+def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
+    """Give it the scalar head `score` of transformers' sequence classifiers, starting at 0, or as it was
+    where `path` is one.
 
     Raises ValueError for an architecture without such a classifier.
     """
@@ -160,7 +179,9 @@ def add_score(model: LanguageModel, padding_id: int) -> None:
     lm.config.pad_token_id = padding_id
     try:
         with torch.device("meta"):
-            twin = AutoModelForSequenceClassification.from_config(lm.config, attn_implementation="sdpa")
+            # of a copy, for it sets its attention in there; eager, for every architecture has that
+            config = copy.deepcopy(lm.config)
+            twin = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{type(lm).__name__}: no sequence classifier ({str(error).splitlines()[0]})"
@@ -170,6 +191,13 @@ def add_score(model: LanguageModel, padding_id: int) -> None:
     )
     if missing:
         raise ValueError(f"{type(lm).__name__}: its sequence classifier has other parameters ({missing[0]})")
+    if any("ForSequenceClassification" in name for name in lm.config.architectures or ()):
+        old = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **_local(path))
+        if old.score.weight.shape != lm.score.weight.shape:
+            raise ValueError(
+                f"{path}: a classifier of {old.score.weight.shape[0]} labels, not a reward model"
+            )
+        lm.score.weight.data.copy_(old.score.weight)
 
 
 def checkpoint_activations(model: LanguageModel) -> None:

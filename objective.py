@@ -1,7 +1,8 @@
 """What --loss means: its signature, read. Which statistics, data, heads and flags it needs, the one dict that
 its statistics come from, and what is logged of them.
 
-    chosen, make     flags -> Objective, hyper-parameters bound and tried on made-up statistics
+    resolve          flags that go with the loss, or one line of error
+    make_objective   flags -> Objective, hyper-parameters bound and tried on made-up statistics
     statistics       a micro-batch -> everything a loss may ask for by name
     tally, means     losses, rewards, statistics -> sums of a micro-batch -> what metrics.jsonl holds
 
@@ -43,11 +44,48 @@ def rewards_of(pack: batch.Pack, *, rewards: str = "labels") -> Tensor:
 HELPERS = {
     "pair losses": data.usable_pair,
     "any other pair loss": losses.with_sft,
-    "unary losses": data.thin,
+    "unary losses": batch.thin,
     "losses with advantages": losses.advantages,
     "the rewards of advantages": rewards_of,
     "--humanline true": losses.humanline,
 }
+
+
+# What needs a reference model.
+REFERENCE = ("ref_logps", "token_ref_logps", "kl", "risk", "kl_estimate", "kl_token_max")
+# What needs a value head, and advantages made before the step.
+CRITIC = ("token_values", "token_old_values", "token_advantages", "token_returns")
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Put the defaults that depend on --loss into args; fail in one line for a flag that it does not take."""
+    needs = config.positional(LOSSES[args.loss])
+    if args.risk and "risk" not in needs:
+        config.fail(f"--loss {args.loss} takes no --risk")
+    if args.risk is None and "risk" in needs:
+        args.risk = "cvar"
+    through_ratio = {"policy_logps", "ref_logps"} <= set(needs) or "token_ref_logps" in needs
+    if args.humanline and (not through_ratio or {"kl", "risk"} & set(needs)):
+        config.fail(f"--loss {args.loss} takes no --humanline: it is not a function of the log-ratio alone")
+    critic, reference = (any(name in names for name in needs) for names in (CRITIC, REFERENCE))
+    rendered = "sequence_scores" in needs  # whole conversations are read
+    takes = {"reference": reference, "sync_reference_every": reference}
+    takes |= {"max_value_grad_norm": critic, "max_prompt_length": not rendered}
+    for name in [name for name in takes if getattr(args, name) and not takes[name]]:
+        config.fail(f"--loss {args.loss} takes no --{name.replace('_', '-')}")
+    if critic:
+        args.max_value_grad_norm = args.max_value_grad_norm or 0.1
+    if not rendered:
+        args.max_prompt_length = args.max_prompt_length or args.max_length // 2
+        if args.max_prompt_length >= args.max_length:
+            limits = (args.max_prompt_length, args.max_length)
+            config.fail("--max-prompt-length {} must be less than --max-length {}".format(*limits))
+    for name in ("steps", "save_every", "sync_reference_every"):
+        if (getattr(args, name) or 0) % args.ppo_epochs:
+            config.fail(f"--{name.replace('_', '-')} must be a multiple of --ppo-epochs {args.ppo_epochs}")
+    risk_name = f" --risk {args.risk}" if args.risk else ""
+    everything = [*LOSSES.values(), *RISKS.values(), *HELPERS.values()]
+    config.resolve_hyperparameters(args, f"--loss {args.loss}{risk_name}", chosen(args), everything)
 
 
 def chosen(args: argparse.Namespace) -> list[Callable]:
@@ -56,13 +94,14 @@ def chosen(args: argparse.Namespace) -> list[Callable]:
     needs = config.positional(loss)
     pairs = in_pairs(needs)
     own_sft = "sft_weight" in config.hyperparameter_names(loss) or "sequence_scores" in needs
+    critic = any(name in CRITIC for name in needs)
     asked = {
         RISKS.get(args.risk): args.risk,
         data.usable_pair: pairs,
         losses.with_sft: pairs and not own_sft,
-        data.thin: not pairs,
-        losses.advantages: "token_advantages" in needs,
-        rewards_of: "token_advantages" in needs,
+        batch.thin: not pairs,
+        losses.advantages: critic,
+        rewards_of: critic,
         losses.humanline: args.humanline,
     }
     return [loss, *[function for function, wanted in asked.items() if wanted]]
@@ -149,8 +188,7 @@ class Objective(NamedTuple):
 
     @property
     def has_reference(self) -> bool:
-        names = ("ref_logps", "token_ref_logps", "kl", "risk", "kl_estimate", "kl_token_max")
-        return any(name in names for name in self.needs)
+        return any(name in REFERENCE for name in self.needs)
 
     @property
     def mismatches(self) -> bool:
@@ -160,19 +198,17 @@ class Objective(NamedTuple):
     def scores(self) -> bool:
         return "sequence_scores" in self.needs
 
-    def units(self, example: data.Encoded, unit: str | None = None) -> int:
-        """How many units an example is: of the mean, or others."""
-        compared = data.pair_indices(example.scores, self.pairs or "best-worst")
-        counts = {
-            "pairs": len(compared),
-            "responses": len(example.completions),
-            "tokens": example.trained_tokens,
-        }
-        return counts[unit or self.unit]
-
     @property
     def batch_unit(self) -> str:
+        """What --batch-size counts."""
         return "pairs" if self.pairs else "responses"
+
+    def batch_units(self, example: data.Encoded) -> int:
+        return len(data.pair_indices(example.scores, self.pairs)) if self.pairs else len(example.completions)
+
+    def units(self, example: data.Encoded) -> int:
+        """How many losses an example has."""
+        return example.trained_tokens if self.unit == "tokens" else self.batch_units(example)
 
     def weights(self, pack: batch.Pack) -> Tensor:
         """Of each unit in the sum."""
@@ -188,7 +224,7 @@ def make_objective(args: argparse.Namespace) -> Objective:
     bound = {f: functools.partial(f, **found) for f, found in settings.items()}
     needs = config.positional(functions[0])
     through = next((name for name in ("risk", "kl") if name in needs), None)
-    helpers = (losses.with_sft, losses.humanline, losses.advantages, rewards_of, data.thin)
+    helpers = (losses.with_sft, losses.humanline, losses.advantages, rewards_of, batch.thin)
     pairs = settings.get(data.usable_pair, {}).get("pairs")
     measure = bound[RISKS[args.risk]] if args.risk else None
     objective = Objective(bound[functions[0]], needs, "", pairs, measure, through, *map(bound.get, helpers))
@@ -196,27 +232,47 @@ def make_objective(args: argparse.Namespace) -> Objective:
         [1], [[2, 3, 4], [5, 6]], [[True] * 3, [True] * 2], [1.0, 0.0], labels=[True, False]
     )
     if objective.thin is not None:
-        objective.thin([example], 0)
+        objective.thin([], 0)
     pack = batch.pack([example], True, pairs or "best-worst")
     ones = torch.ones(5)
     if measure is not None:
         measure(torch.zeros(2), torch.full((2,), 0.5), None)
-    if objective.advantages is not None:
-        objective.advantages(objective.rewards_of(pack), ones, pack.response)
-    if objective.humanline is not None:
-        objective.humanline(ones, ones)
-    frozen = Frozen(*[ones[0]] * 2, ones[:2], *[ones] * 3)
-    stats = statistics(pack, vocab.Tokens(*[-ones] * 5), bool(pairs), frozen, ones, ones[:2])
-    unknown = [name for name in needs if name not in stats]
-    if unknown:
-        raise ValueError(f"--loss needs {', '.join(unknown)}, which is not among {', '.join(stats)}")
+    stats = _made_up(objective, pack)
+    missing = [name for name in needs if stats.get(name) is None]
+    if missing:
+        there = ", ".join(name for name in stats if stats[name] is not None)
+        raise ValueError(f"--loss needs {', '.join(missing)}, which is not among {there}")
     out = objective.loss(**{name: stats[name] for name in needs})
     if objective.with_sft is not None:
         objective.with_sft(out.losses, stats["policy_logps"], stats["lengths"])
+    if objective.humanline is not None:
+        objective.humanline(ones, ones)
+        moved = {name: stats[name] - 1.0 * name.endswith("_logps") for name in needs}
+        if not torch.equal(objective.loss(**moved).losses, out.losses):
+            raise ValueError("--humanline is for losses of the log-ratio alone")
     units = {1: "pairs", 2: "responses", 5: "tokens"}
     if out.losses.dim() != 1 or len(out.losses) not in units:
         raise ValueError(f"--loss returns losses of shape {tuple(out.losses.shape)}, one a unit is needed")
     return objective._replace(unit=units[len(out.losses)])
+
+
+def _made_up(objective: Objective, pack: batch.Pack) -> dict[str, Tensor | None]:
+    """Statistics of a pack, every number 1 or -1, None where this objective computes none."""
+    ones = torch.ones(len(pack.targets))
+    tokens, values, scores = vocab.Tokens(), None, None
+    frozen = Frozen(delta=ones[0])
+    if objective.scores:
+        scores = torch.ones(len(pack.ends))
+    else:
+        reference = [-ones, -ones] if objective.has_reference else [None, None]
+        tokens = vocab.Tokens(-ones, *reference, ones if objective.measure else None, ones)
+    if objective.mismatches:
+        frozen = frozen._replace(kl_estimate=ones[0], kl_token_max=torch.ones(len(pack.ends)))
+    if objective.advantages is not None:
+        values = ones
+        gains, returns = objective.advantages(objective.rewards_of(pack), ones, pack.response)
+        frozen = frozen._replace(old_values=ones, advantages=gains, returns=returns)
+    return statistics(pack, tokens, bool(objective.pairs), frozen, values, scores)
 
 
 def summed(values: Tensor, pack: batch.Pack) -> Tensor:

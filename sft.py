@@ -75,11 +75,14 @@ def load_examples(
     """Read and encode, of every example the best completion, or all with their control tokens; says what was
     left out and why. Raises ValueError."""
     examples, dropped = data.load(source, split)
-    choose = data.conditioned if args.method == "csft" else data.best_completion
-    examples = [choose(example) for example in examples]
-    return data.encode_all(
-        examples, dropped, tokenizer, template, args.max_length, args.max_prompt_length, source, say
-    )
+    if args.method == "csft":
+        examples = [data.usable_feedback(example) for example in examples]
+        encoder = data.encode_conditioned
+    else:
+        examples = [data.best_completion(example) for example in examples]
+        encoder = data.encode
+    limits = (args.max_length, args.max_prompt_length)
+    return data.encode_all(examples, dropped, tokenizer, template, *limits, source, say, encoder)
 
 
 def forward(policy: model.LanguageModel, pack: batch.Pack) -> losses.Loss:

@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "llama": SIZES | {"model_type": "llama", "tie_word_embeddings": True, "num_key_value_heads": 1},
     "gpt_neox": SIZES | {"model_type": "gpt_neox", "tie_word_embeddings": False},
     "gpt2": SIZES | {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64},
+    "gemma2": SIZES | {"model_type": "gemma2", "head_dim": 16, "num_key_value_heads": 1},  # has no sdpa
     "phi": SIZES | {"model_type": "phi", "tie_word_embeddings": False},  # its head has a bias
 }
 ARGS = {"model": "m", "beta": 0.1, "lr": 1e-3}

@@ -50,6 +50,8 @@ FORMS = [
     ({"prompt": "", "chosen": "a", "rejected": "b", "margin": 0.5}, ([], ["a", "b"], [1.0, 0.0], 1.0, 0.5)),
     (RANKED, (USER, ["a", "b", "a"], [1.0, -2.5, 3.0])),
     ({"prompt": CHAT[:4], "completion": " b\n"}, (CHAT[:4], [" b\n"], [1.0])),
+    ({"prompt": "q", "completion": "b", "label": False}, (USER, ["b"], [0.0])),
+    ({"prompt": "q", "completion": "b", "label": True}, (USER, ["b"], [1.0])),
     ({"messages": CHAT}, (CHAT[:2], [CHAT[2:]], [1.0])),
     ({"text": "  two\n\u2028lines 🙂 "}, ([], ["  two\n\u2028lines 🙂 "], [1.0])),
 ]
@@ -65,6 +67,8 @@ def test_every_form_in_every_container(tmp_path, name):
     path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
     places = [f"{path}:{2 * i + 1}" if lines else f"{path}[{i}]" for i in range(len(FORMS))]
     expected = [data.Example(*fields)._replace(where=place) for (_, fields), place in zip(FORMS, places)]
+    bare = [not {"label", "chosen", "scores"} & set(row) for row, _ in FORMS]  # no word on what is good
+    expected = [example._replace(labelled=not plain) for example, plain in zip(expected, bare)]
     assert data.load(str(path), "train") == (expected, {})
 
 
