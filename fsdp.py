@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -81,8 +81,9 @@ def mean_over_ranks(tallies: list[dict[str, Tensor]]) -> dict[str, float]:
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
     """The parameters of source into those of target that bear the same names, sharded alike, in target's
     dtype. Both are freed first: what they have gathered is the old."""
-    source.reshard()
-    target.reshard()
+    for module in (*source.modules(), *target.modules()):
+        if isinstance(module, FSDPModule):
+            module.reshard()
     given = dict(source.named_parameters())
     for name, parameter in target.named_parameters():
         parameter.to_local().copy_(given[name].to_local())
