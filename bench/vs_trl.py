@@ -175,6 +175,7 @@ def main() -> None:
         _, pair_tokens, sft_tokens = choose_pairs(args.model, args.data, args.pairs * total, folder)
         for label, command in OURS.items():
             found[label] = run_ours(command, args, folder)
+            print(label, found[label], file=sys.stderr, flush=True)
         for label, options in SETTINGS.items():
             if args.only not in label:
                 continue
@@ -193,6 +194,7 @@ def main() -> None:
                 found[label] = {"failed": f"exit code {done.returncode}: {last[:100]}"}
             else:
                 found[label] = json.loads(done.stdout.strip().splitlines()[-1])
+            print(label, found[label], file=sys.stderr, flush=True)  # a long wait: what is known so far
     lines = [
         f"{args.pairs} pairs a step, max length {MAX_LENGTH}, bf16, live reference, {describe_machine()}, TRL 1.16.0; "
         f"medians of {args.steps} steps after {args.warmup} of warm-up.",
