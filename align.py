@@ -32,7 +32,7 @@ import losses
 import model
 import vocab
 from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start
-from objective import make_objective, means, resolve, statistics, summed, tally
+from objective import make_objective, means, resolve, statistics, tally
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -174,14 +174,14 @@ def freeze(
                 0, stranger.response, logratios, "amax"
             )
             founds[k] = founds[k]._replace(kl_token_max=peaks)  # (R,) >= 0
-            sums["kl_estimate"] = summed(by_response(logratios, stranger), pack)
+            sums["kl_estimate"] = batch.summed(by_response(logratios, stranger), pack)
         if objective.advantages is not None:
             values = policy.value_head(hidden_states(policy, pack))[:, 0]  # (N,)
             gains, returns = objective.advantages(objective.rewards_of(pack), values, pack.response)  # (N,)
             founds[k] = founds[k]._replace(old_values=values, advantages=gains, returns=returns)
             for name, series in (("advantages", gains), ("returns", returns), ("errors", returns - values)):
-                sums[name] = summed(series, pack)
-                sums[f"{name}_squared"] = summed(series.double().square(), pack)
+                sums[name] = batch.summed(series, pack)
+                sums[f"{name}_squared"] = batch.summed(series.double().square(), pack)
         tallies.append(sums)
     found = fsdp.mean_over_ranks(tallies)
     logged = {}
@@ -244,6 +244,11 @@ def evaluate(
     policy.reshard()
     number = sum(objective.batch_units(example) for example in examples)
     return {"split": "eval", objective.batch_unit: number, **means(tallies), **logged}
+
+
+def running_mean(running: Tensor, device: torch.device) -> Tensor:
+    """Of a running (sum, count); 0 before the first step."""
+    return (running[0] / running[1].clamp(min=1)).float().to(device)
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
@@ -331,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             partners = batch.partners(train, order) if objective.mismatches else {}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
-        delta = (running[0] / running[1].clamp(min=1)).float().to(device)  # ()
+        delta = running_mean(running, device)  # ()
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
             row = evaluate(objective, policy, reference, evaluated, delta, args, device)
             log(row | {"step": step})
@@ -382,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(row | {f"{objective.batch_unit}_per_s": many / seconds})
 
     if evaluated:
-        delta = (running[0] / running[1].clamp(min=1)).float().to(device)  # ()
+        delta = running_mean(running, device)  # ()
         log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": total})
     if total > 0:
         if args.save_every:

@@ -95,6 +95,14 @@ def pack(groups: Sequence[data.Encoded], counted: bool = True, pairs: str = "bes
     )
 
 
+def summed(values: Tensor, pack: Pack) -> Tensor:
+    """(sum, count) in fp64, for fsdp.mean_over_ranks; (0, 0) for a filler."""
+    counted = float(pack.counted)
+    return torch.stack(
+        [values.double().sum() * counted, values.new_tensor(values.numel() * counted).double()]
+    )
+
+
 def thin(
     examples: Sequence[data.Encoded],
     seed: int,

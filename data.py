@@ -479,8 +479,7 @@ def encode_rendered(
     enough. Raises ValueError as `encode`.
     """
     turns = example.prompt
-    system = turns[: bool(turns) and turns[0]["role"] == "system"]
-    starts = [index for index in range(len(system) + 1, len(turns)) if turns[index]["role"] == "user"]
+    system, starts = _whole_turns(turns)
     for start in [len(system), *starts]:
         kept = [*system, *turns[start:]]
         rendered = [
@@ -508,6 +507,12 @@ def padding_id(tokenizer: Any) -> int:
     if found is None:
         raise ValueError("tokenizer has neither a padding nor an eos token, and a classifier needs one")
     return found
+
+
+def _whole_turns(turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+    """The system turn, if there is one, and where a dialogue that loses its oldest turns may begin again."""
+    system = turns[: bool(turns) and turns[0]["role"] == "system"]
+    return system, [index for index in range(len(system) + 1, len(turns)) if turns[index]["role"] == "user"]
 
 
 def _render(
@@ -538,8 +543,7 @@ def _encode_prompt(
     ids = _ids(tokenizer, text) if turns or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if len(ids) <= limit or not turns:
         return text, ids
-    system = turns[: turns[0]["role"] == "system"]
-    starts = [index for index in range(len(system) + 1, len(turns)) if turns[index]["role"] == "user"]
+    system, starts = _whole_turns(turns)
     for start in starts + [len(turns) - 1]:
         shorter = _render(tokenizer, system + turns[start:], template, True)
         ids = _ids(tokenizer, shorter)

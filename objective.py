@@ -275,20 +275,12 @@ def _made_up(objective: Objective, pack: batch.Pack) -> dict[str, Tensor | None]
     return statistics(pack, tokens, bool(objective.pairs), frozen, values, scores)
 
 
-def summed(values: Tensor, pack: batch.Pack) -> Tensor:
-    """(sum, count) in fp64; (0, 0) for a filler."""
-    counted = float(pack.counted)
-    return torch.stack(
-        [values.double().sum() * counted, values.new_tensor(values.numel() * counted).double()]
-    )
-
-
 def tally(
     objective: Objective, out: losses.Loss, stats: dict[str, Tensor | None], pack: batch.Pack
 ) -> dict[str, Tensor]:
     """(sum, count) of everything that is logged of a micro-batch."""
-    sums = {"loss": summed(out.losses.detach() * objective.weights(pack), pack)}
-    sums |= {name: summed(values, pack) for name, values in out.metrics.items()}
+    sums = {"loss": batch.summed(out.losses.detach() * objective.weights(pack), pack)}
+    sums |= {name: batch.summed(values, pack) for name, values in out.metrics.items()}
     rewards = compare(out.rewards, pack)
     if objective.has_reference or objective.scores:
         sums |= {f"rewards/{key}": value for key, value in rewards.items()}
@@ -315,7 +307,7 @@ def compare(values: Tensor, pack: batch.Pack) -> dict[str, Tensor]:
     margins = better - worse  # (B,)
     found = {"chosen": chosen, "rejected": rejected, "mean": values}
     found |= {"margins": margins, "accuracies": (margins.sign() + 1) / 2}
-    return {name: summed(part, pack) for name, part in found.items()}
+    return {name: batch.summed(part, pack) for name, part in found.items()}
 
 
 def check_start(stats: dict[str, Tensor | None]) -> None:

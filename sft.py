@@ -117,8 +117,7 @@ def evaluate(
 
 def tally(out: losses.Loss, pack: batch.Pack) -> dict[str, Tensor]:
     """(sum, count) of what is logged of a micro-batch."""
-    losses = (out.losses * pack.weights[pack.response]).detach().double()  # (N,)
-    return {"loss": torch.stack([losses.sum(), losses.new_tensor(len(losses))]) * float(pack.counted)}
+    return {"loss": batch.summed(out.losses.detach() * pack.weights[pack.response], pack)}
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
