@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from step import describe_machine  # noqa: E402
+from step import describe_machine, report  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig  # noqa: E402
 
 import vocab  # noqa: E402
@@ -128,11 +128,7 @@ def main() -> None:
     for length, peak in by_length.items():
         pairs = TOKENS * 2 // (3 * length)
         lines.append(f"| {length} | {pairs} | {peak:.2f} | {peak / by_length[LENGTHS[0]]:.2f} |")
-    text = "\n".join(lines)
-    print(text)
-    print(json.dumps({"vocabulary": peaks, "rest": rest, "length": by_length}))
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    report(lines, {"vocabulary": peaks, "rest": rest, "length": by_length}, args.out)
     if args.figure:
         import matplotlib
 

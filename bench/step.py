@@ -171,11 +171,16 @@ def main() -> None:
         f"Matmul lower bound {seconds:.2f} s (body {bound['body']:.2f}, head {bound['head']:.2f}) at "
         f"{bound['flops_rate'] / 1e12:.2f} TFLOP/s measured on the body's shapes."
     )
+    report(lines, record, args.out)
+
+
+def report(lines: list[str], record: dict, out: Path | None) -> None:
+    """Print a table and its record as one JSON line; the table also goes into `out`."""
     text = "\n".join(lines)
     print(text)
     print(json.dumps(record))
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    if out:
+        out.write_text(text + "\n", encoding="utf-8")
 
 
 def describe_machine() -> str:

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from step import describe_machine  # noqa: E402
-from vs_trl import MAX_LENGTH, choose_pairs, run_ours  # noqa: E402
+from step import describe_machine, report  # noqa: E402
+from vs_trl import MAX_LENGTH, add_flags, choose_pairs, run_ours  # noqa: E402
 
 import data  # noqa: E402
 import model as models  # noqa: E402
@@ -103,13 +103,7 @@ def naive(args: argparse.Namespace, folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", default="examples/hh_train.jsonl")
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
-    parser.add_argument("--out", type=Path, default=None, help="also write the output here")
+    add_flags(parser)
     parser.add_argument("--naive", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.naive:
@@ -149,11 +143,7 @@ def main() -> None:
             f"| {label} | {result['pairs']} | {seconds:.2f} | {1 / each:.2f} | {each / base:.2f} | "
             f"{result['peak_gb']:.2f} | {result['loss']:.4f} |"
         )
-    text = "\n".join(lines)
-    print(text)
-    print(json.dumps(found))
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    report(lines, found, args.out)
 
 
 if __name__ == "__main__":

@@ -148,24 +148,28 @@ def run_ours(command: list[str], args: argparse.Namespace, folder: Path) -> dict
     return {"seconds": [row["step_s"] for row in rows], "peak_gb": peak, "loss": rows[0]["loss"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", default="examples/hh_train.jsonl")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=None, help="also write the output here")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_flags(parser)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-trl")
     parser.add_argument("--only", default="", help="settings whose name holds this, besides ours")
-    parser.add_argument("--out", type=Path, default=None, help="also write the output here")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(json.loads(Path(args.child).read_text(encoding="utf-8")))
         return
     from parity import install
-    from step import describe_machine
+    from step import describe_machine, report
 
     python = install(args.venv)
     total = args.warmup + args.steps
@@ -220,11 +224,7 @@ def main() -> None:
         "",
         "Tokens are those of the packed form (a prompt once), the same for both; padding counts nowhere.",
     ]
-    text = "\n".join(lines)
-    print(text)
-    print(json.dumps(found))
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    report(lines, found, args.out)
 
 
 if __name__ == "__main__":
