@@ -19,6 +19,7 @@ import sys
 import time
 from typing import Any, Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ import data
 import fsdp
 import losses
 import model
+import store
 import vocab
 from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start
 from objective import make_objective, means, resolve, statistics, tally
@@ -84,25 +86,23 @@ def load_examples(
     objective: Objective,
     args: argparse.Namespace,
     say: Callable,
-) -> list[data.Encoded]:
-    """Read and encode; says what was left out and why. Raises ValueError if nothing is left."""
-    examples, dropped = data.load(source, split)
-    if objective.pairs:
-        examples = [data.usable_pair(example, pairs=objective.pairs) for example in examples]
-    else:
-        examples = [data.usable_feedback(example) for example in examples]
+) -> store.Store:
+    """Read and encode, or take from the cache; says what was left out and why. Raises ValueError if nothing
+    is left."""
+    select = functools.partial(data.usable_pair, pairs=objective.pairs)
+    select = select if objective.pairs else data.usable_feedback
     encoder = data.encode_rendered if objective.scores else data.encode
     limits = (args.max_length, args.max_prompt_length)
-    encoded = data.encode_all(examples, dropped, tokenizer, template, *limits, source, say, encoder)
+    found = store.load(source, split, select, encoder, tokenizer, template, *limits, args.token_cache, say)
     if objective.mismatches:
         try:
-            batch.partners(encoded, range(len(encoded)))  # refused now if it cannot be done later
+            batch.partners(found.arrays.prompts, range(len(found)))  # refused now if it cannot be done later
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-    offsets = sum(example.margin != 0 for example in encoded)
+    offsets = int((found.arrays.margins != 0).sum())
     if offsets and "margins" not in objective.needs:
         say(f"{source}: {offsets} rows have a margin, which --loss {args.loss} does not use")
-    return encoded
+    return found
 
 
 def hidden_states(lm: model.LanguageModel, pack: batch.Pack, ends: bool = False) -> Tensor:
@@ -200,16 +200,16 @@ def freeze(
 
 def make_packs(
     objective: Objective,
-    examples: list[data.Encoded],
+    examples: Sequence[data.Encoded],
     works: list[batch.Work],
-    partners: dict[int, int],
+    partners: np.ndarray | None,
     args: argparse.Namespace,
     device: torch.device,
 ) -> tuple[list[batch.Pack], list[batch.Pack]]:
     """The micro-batches of a rank, and their prompts with other prompts' answers (or the same again)."""
     how = objective.pairs or "best-worst"
     packs = [batch.pack([examples[g] for g in work.groups], work.counted, how).to(device) for work in works]
-    if not partners:
+    if partners is None:
         return packs, packs
     strangers = []
     for work in works:
@@ -231,7 +231,9 @@ def evaluate(
     """Means over the held-out examples, all ranks together."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
-    partners = batch.partners(examples, range(len(examples))) if objective.mismatches else {}
+    partners = None
+    if objective.mismatches:
+        partners = batch.partners([example.prompt_key for example in examples], range(len(examples)))
     works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
     packs, strangers = make_packs(objective, examples, works, partners, args, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
@@ -242,7 +244,7 @@ def evaluate(
         tallies.append(tally(objective, out, stats, pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
-    number = sum(objective.batch_units(example) for example in examples)
+    number = sum(objective.batch_units(example.scores) for example in examples)
     return {"split": "eval", objective.batch_unit: number, **means(tallies), **logged}
 
 
@@ -270,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         template = data.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template[0]}")
         train = load_examples(args.data, "train", tokenizer, template, objective, args, say)
-        train = objective.thin(train, args.seed) if objective.thin else train
+        if objective.thin is not None:
+            train = train.only(functools.partial(objective.thin, seed=args.seed))
         held_out = data.held_out_source(args.data, args.eval_data)
         evaluated = []
         if held_out:
@@ -306,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.sync_reference_every:
         extra["reference"] = dict(reference.named_parameters())
 
-    lengths = [example.tokens for example in train]
-    units = [objective.batch_units(example) for example in train]
+    lengths = train.lengths  # (n,)
+    units = np.fromiter(map(objective.batch_units, train.scores), int)  # (n,)
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
     with config.user_errors():
@@ -318,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank == 0:
         config.rewind_log(args.out, start)
         tokenizer.save_pretrained(f"{args.out}/tokenizer")
-    size = f"{sum(units)} {objective.batch_unit}"
+    size = f"{units.sum()} {objective.batch_unit}"
     say(f"start at step {start} of {total}: {args.loss}, {size}, {world_size} ranks")
     same_weights = objective.has_reference and args.reference in (None, args.model)
 
@@ -333,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             budget = args.tokens_per_microbatch
             plan = batch.plan(lengths, args.batch_size, world_size, budget, args.seed, epoch, units)
             order = batch.epoch_order(len(train), args.seed, epoch)
-            partners = batch.partners(train, order) if objective.mismatches else {}
+            partners = batch.partners(train.arrays.prompts, order) if objective.mismatches else None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         delta = running_mean(running, device)  # ()
@@ -377,9 +380,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        many = sum(units[group] for group in counted)
+        many = int(units[counted].sum())
         running += torch.tensor([row.get("rewards/mean", 0.0) * many, many], dtype=torch.float64)
-        tokens = sum(lengths[group] for group in counted)
+        tokens = int(lengths[counted].sum())
         seconds = time.perf_counter() - began
         row |= {"split": "train", "step": step, "epoch": step / (steps_per_epoch * args.ppo_epochs)}
         row |= {objective.batch_unit: many, "tokens": tokens}

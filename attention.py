@@ -9,27 +9,32 @@ completion is one plain causal segment, and every further completion is a segmen
 completion]. Position p of a segment's keys is key p, so a sliding window is a distance of key indices within
 the segment, never in the row.
 
-`Layout` holds the index arithmetic. On CUDA it feeds one variable-length kernel call; elsewhere a loop of
-`scaled_dot_product_attention` walks the very same segments. transformers hands `layout` through to `attend`,
-which is registered under NAME: any architecture that uses its attention interface works unchanged.
+`Layout` holds the index arithmetic. On CUDA it feeds one variable-length kernel call; elsewhere `_Segments`
+walks the very same segments in matrix products, for torch's kernels of a CPU take four times as long for the
+backward pass of segments this short, and round more. transformers hands `layout` through to `attend`, which
+is registered under NAME: any architecture that uses its attention interface works unchanged.
 
 Left out: attention sinks, bidirectional and cross attention (refused), generation with a cache (use "sdpa").
 """
 
+import contextlib
 from itertools import accumulate
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 NAME = "packed"
+TILE_ROWS = 256  # queries of a tile: a larger one wastes more products on what causality hides
+TILE_BYTES = 2**22  # of a tile's scores in fp32: what a CPU's caches hold
 
 
 class Layout(NamedTuple):
     query_sizes: list[int]  # S segments; their queries tile the row in order
     key_sizes: list[int]  # S, key_sizes[s] >= query_sizes[s]
+    prompts: list[int]  # S, where the keys before the segment's own begin in the row
     keys: Tensor | None  # (sum key_sizes,) index into the row; None where it would be 0, 1, 2, ...
     query_offsets: Tensor  # (S + 1,) int32, cumulative sizes as variable-length kernels want them
     key_offsets: Tensor  # (S + 1,) int32
@@ -42,6 +47,7 @@ def layout(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     """Segments of a row of groups, each (prompt length, completion lengths). A group needs a completion."""
     query_sizes = []
     key_sizes = []
+    prompts = []
     keys = []
     start = 0
     for prompt, completions in groups:
@@ -56,10 +62,11 @@ def layout(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
             keys.extend(range(start, start + prompt))
             keys.extend(range(end, end + length))
             end += length
+        prompts += [start] * len(completions)
         start = end
     offsets = [torch.tensor([0, *accumulate(sizes)], dtype=torch.int32) for sizes in (query_sizes, key_sizes)]
     index = None if query_sizes == key_sizes else torch.tensor(keys)
-    return Layout(query_sizes, key_sizes, index, *offsets)
+    return Layout(query_sizes, key_sizes, prompts, index, *offsets)
 
 
 def attend(
@@ -79,59 +86,158 @@ def attend(
     """transformers' attention function: query (1, H, T, E), key and value (1, Hkv, T, E) -> (1, T, H, E).
 
     softmax over the visible keys of scaling q.k, capped as softcap tanh(. / softcap). A window W lets a query
-    see the W nearest keys, itself included. Keys are gathered here, inside what activation checkpointing
-    recomputes, so the K copies of a prompt are never saved. Raises ValueError for what it cannot do exactly.
+    see the W nearest keys, itself included. Raises ValueError for what it cannot do exactly.
     """
     if layout is None:
         raise ValueError("packed attention needs a layout: call the model through model.LanguageModel")
     if dropout or s_aux is not None or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ValueError("packed attention has no dropout, sinks, masks or bidirectional layers")
-    if layout.keys is not None:
-        key = _gather(key, layout.keys)  # (1, Hkv, sum key_sizes, E)
-        value = _gather(value, layout.keys)  # (1, Hkv, sum key_sizes, E)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
         return _varlen(query, key, value, layout, scaling, sliding_window, softcap), None
-    parts = zip(
-        query.split(layout.query_sizes, 2), key.split(layout.key_sizes, 2), value.split(layout.key_sizes, 2)
-    )
-    outputs = [_segment(q, k, v, scaling, sliding_window, softcap) for q, k, v in parts]  # (1, H, n, E) each
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    return _Segments.apply(query, key, value, layout, scaling, sliding_window, softcap), None
 
 
 AttentionInterface.register(NAME, attend)
 
 
-def _gather(states: Tensor, index: Tensor) -> Tensor:
-    """Rows of (1, H, T, E) by position, one copy of whole rows: (1, H, len(index), E)."""
-    return states.transpose(1, 2).index_select(1, index).transpose(1, 2)
+class _Tile(NamedTuple):
+    """Some queries of a segment and the keys that any of them sees: the end of the prompt, then their own."""
+
+    rows: slice  # n queries, of the row
+    before: slice  # keys of the prompt; empty for a segment that holds it
+    own: slice  # keys of the segment, the last n of them the queries' own
+    reach: int  # key j is out of the window of query i where j <= i + reach
 
 
-def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) mask of a segment: causal, aligned at the end, at most `window` keys back."""
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask if window is None else mask.triu(keys - queries - window + 1)
+def _tiles(layout: Layout, heads: int, window: int | None) -> Iterator[_Tile]:
+    start = 0
+    for queries, keys, prompt in zip(layout.query_sizes, layout.key_sizes, layout.prompts):
+        shared = keys - queries
+        step = min(TILE_ROWS, max(16, TILE_BYTES // (4 * heads * min(keys, window or keys))))
+        for first in range(0, queries, step):
+            last = min(first + step, queries)
+            reach = -keys if window is None else shared + first - window  # the last key too far for query 0
+            hidden = max(0, reach + 1)  # keys that are too far for all
+            before = slice(prompt + min(hidden, shared), prompt + shared)
+            own = slice(start + max(0, hidden - shared), start + last)
+            yield _Tile(slice(start + first, start + last), before, own, reach - hidden)
+        start += queries
 
 
-def _segment(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, cap: float | None
-) -> Tensor:
-    """One segment: q (1, H, n, E), k and v (1, Hkv, m, E) -> (1, H, n, E)."""
-    queries = q.shape[2]
-    keys = k.shape[2]
-    window = window if window is not None and window < keys else None
-    grouped = k.shape[1] != q.shape[1]
-    if cap is None and queries == keys and window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-    mask = _visible(queries, keys, window, q.device)  # (n, m); SDPA's own causal mask is aligned at the start
-    if cap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-    repeats = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(repeats, 1)  # (1, H, m, E)
-    v = v.repeat_interleave(repeats, 1)  # (1, H, m, E)
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)  # (1, H, n, m)
-    scores = cap * torch.tanh(scores / cap)  # (1, H, n, m)
-    scores = scores.float() if scores.dtype != torch.float64 else scores
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+class _Segments(torch.autograd.Function):
+    """O = P V, P = softmax(S), S = scaling Q K^T, tile by tile: no more than one tile's S is ever held. The
+    backward makes S again,
+
+        dV = P^T dO    dP = dO V^T    dS = P (dP - rowsum(P dP))    dQ = scaling dS K    dK = scaling dS^T Q
+
+    S, P, dP and dS are fp32 (fp64 for fp64 operands); of bf16 operands all products run on the bf16 units,
+    and P and dS are rounded for those whose result is bf16 anyway. Gradients of keys add up in fp32. The G
+    query heads of a key head are G n rows of one product.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scaling, window, cap):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(query, key, value)
+        ctx.rest = layout, scaling, window, cap
+        out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # (T, H, E)
+        with _bf16_units(query.dtype):
+            for tile in _tiles(layout, query.shape[1], window):
+                q, k, v = _operands(query, key, value, tile)
+                p, _ = _probabilities(q, k, tile, scaling, cap)  # (Hkv, G n, m)
+                _heads_of(out, tile, len(k)).copy_(
+                    torch.bmm(p.to(v.dtype), v).unflatten(1, (-1, _rows(tile)))
+                )
+        return out.unsqueeze(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        query, key, value = ctx.saved_tensors
+        layout, scaling, window, cap = ctx.rest
+        wide = torch.promote_types(query.dtype, torch.float32)
+        grad_query = query.new_empty(query.shape[2], query.shape[1], query.shape[3])  # (T, H, E)
+        grad_key, grad_value = (  # (Hkv, T, E), in memory (T, Hkv, E) like the rest
+            states.new_zeros(states.shape[2], states.shape[1], states.shape[3], dtype=wide).transpose(0, 1)
+            for states in (key, value)
+        )
+        with _bf16_units(query.dtype):
+            for tile in _tiles(layout, query.shape[1], window):
+                q, k, v = _operands(query, key, value, tile)
+                p, slope = _probabilities(q, k, tile, scaling, cap)  # (Hkv, G n, m)
+                upstream = _heads_of(grad[0], tile, len(k)).reshape(len(k), -1, v.shape[-1])  # (Hkv, G n, E)
+                _add(grad_value, tile, torch.bmm(p.to(v.dtype).transpose(1, 2), upstream))
+                ds = torch.bmm(upstream.to(wide), v.to(wide).transpose(1, 2)).mul_(p)  # (Hkv, G n, m) P dP
+                ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
+                if slope is not None:
+                    ds.mul_(slope)
+                ds = ds.mul_(scaling).to(q.dtype)  # (Hkv, G n, m)
+                _heads_of(grad_query, tile, len(k)).copy_(torch.bmm(ds, k).unflatten(1, (-1, _rows(tile))))
+                _add(grad_key, tile, torch.bmm(ds.transpose(1, 2), q))
+        grads = (
+            part.to(query.dtype).unsqueeze(0) for part in (grad_query.transpose(0, 1), grad_key, grad_value)
+        )
+        return *grads, None, None, None, None
+
+
+def _rows(tile: _Tile) -> int:
+    return tile.rows.stop - tile.rows.start
+
+
+def _heads_of(states: Tensor, tile: _Tile, groups: int) -> Tensor:
+    """The tile's rows of (T, H, E) as a view (Hkv, G, n, E)."""
+    return states[tile.rows].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+
+
+def _operands(query: Tensor, key: Tensor, value: Tensor, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """(Hkv, G n, E), (Hkv, m, E), (Hkv, m, E) of a tile."""
+    q = query[0, :, tile.rows].reshape(key.shape[1], -1, query.shape[3])
+    if tile.before.start == tile.before.stop:
+        return q, key[0, :, tile.own], value[0, :, tile.own]
+    k, v = (torch.cat([part[0, :, tile.before], part[0, :, tile.own]], 1) for part in (key, value))
+    return q, k, v
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, tile: _Tile, scaling: float, cap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """softmax of the visible scores, and d capped / d raw scores or None: (Hkv, G n, m) each."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(q.to(wide), k.to(wide).transpose(1, 2)).mul_(scaling)  # (Hkv, G n, m)
+    slope = None
+    if cap is not None:
+        scores.div_(cap).tanh_()
+        slope = 1 - scores.square()
+        scores.mul_(cap)
+    rows = _rows(tile)
+    table = scores.view(len(k), -1, rows, k.shape[1])  # (Hkv, G, n, m)
+    table[..., -rows:].add_(_never(rows, wide, q.device).triu(1))  # own keys that come later
+    if tile.reach + rows > 0:
+        table[..., :rows].add_(_never(rows, wide, q.device).tril(tile.reach))  # keys out of the window
+    return scores.softmax(-1), slope
+
+
+def _never(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((size, size), -torch.inf, dtype=dtype, device=device)
+
+
+def _add(total: Tensor, tile: _Tile, part: Tensor) -> None:
+    """total (Hkv, T, E) += part (Hkv, m, E) at the tile's keys."""
+    shared = tile.before.stop - tile.before.start
+    total[:, tile.before].add_(part[:, :shared])
+    total[:, tile.own].add_(part[:, shared:])
+
+
+@contextlib.contextmanager
+def _bf16_units(dtype: torch.dtype) -> Iterator[None]:
+    """For bf16 operands: fp32 products of operands whose values are bf16 are exact at this precision."""
+    before = torch.get_float32_matmul_precision()
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _varlen(
@@ -139,16 +245,19 @@ def _varlen(
     key: Tensor,
     value: Tensor,
     layout: Layout,
-    scaling: float | None,
+    scaling: float,
     window: int | None,
     cap: float | None,
 ) -> Tensor:
     """All segments in one kernel call: flash-attn, or torch's own where it is not installed. -> (1, T, H, E).
 
-    Both align a causal mask at the end of the keys and count a window without the query itself. Not run here:
-    no GPU.
+    Keys are gathered here, inside what activation checkpointing recomputes, so the K copies of a prompt are
+    never saved. Both align a causal mask at the end of the keys and count a window without the query itself.
+    Not run here: no GPU.
     """
     q, k, v = (states.transpose(1, 2).squeeze(0) for states in (query, key, value))  # (tokens, H or Hkv, E)
+    if layout.keys is not None:
+        k, v = (states.index_select(0, layout.keys) for states in (k, v))  # (sum key_sizes, Hkv, E)
     sizes = (max(layout.query_sizes), max(layout.key_sizes))
     left = -1 if window is None else window - 1
     try:

@@ -11,6 +11,7 @@ Left out: groups split over micro-batches or ranks.
 from math import ceil
 from typing import NamedTuple, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,58 +105,43 @@ def summed(values: Tensor, pack: Pack) -> Tensor:
 
 
 def thin(
-    examples: Sequence[data.Encoded],
-    seed: int,
-    *,
-    keep_desirable: float = 1.0,
-    keep_undesirable: float = 1.0,
-) -> list[data.Encoded]:
-    """A fraction of the desirable completions and one of the undesirable, chosen by the seed.
+    labels: np.ndarray, seed: int, *, keep_desirable: float = 1.0, keep_undesirable: float = 1.0
+) -> np.ndarray:
+    """A fraction of the desirable completions and one of the undesirable, chosen by the seed: labels (c,)
+    bool -> which stay (c,) bool.
 
-    Raises ValueError unless both are in (0, 1], or [0, 1] for one of them.
+    Raises ValueError unless both are in (0, 1], or [0, 1] for one of them, or if nothing stays.
     """
     fractions = {True: keep_desirable, False: keep_undesirable}
     if not all(0 <= fraction <= 1 for fraction in fractions.values()) or not any(fractions.values()):
         raise ValueError(f"--keep-desirable and --keep-undesirable are fractions, got {fractions}")
     generator = torch.Generator().manual_seed(seed)
-    kept = set()
+    kept = np.zeros(len(labels), bool)
     for label, fraction in fractions.items():
-        places = [
-            (i, j)
-            for i, example in enumerate(examples)
-            for j, found in enumerate(example.labels)
-            if found == label
-        ]
+        places = np.flatnonzero(labels == label)
         chosen = torch.randperm(len(places), generator=generator)[: round(fraction * len(places))]
-        kept |= {places[index] for index in chosen.tolist()}
-    thinned = []
-    for i, example in enumerate(examples):
-        wanted = [j for j in range(len(example.completions)) if (i, j) in kept]
-        if wanted:
-            lists = (example.completions, example.trained, example.scores, example.labels)
-            completions, trained, scores, labels = ([values[j] for j in wanted] for values in lists)
-            thinned.append(
-                example._replace(completions=completions, trained=trained, scores=scores, labels=labels)
-            )
-    if examples and not thinned:
+        kept[places[chosen.numpy()]] = True
+    if len(labels) and not kept.any():
         raise ValueError(
             f"nothing is left at --keep-desirable {keep_desirable}, --keep-undesirable {keep_undesirable}"
         )
-    return thinned
+    return kept
 
 
-def partners(examples: Sequence[data.Encoded], order: Sequence[int]) -> dict[int, int]:
-    """For every example the next one in the order, which wraps, whose prompt differs.
+def partners(prompts: Sequence[int], order: Sequence[int]) -> np.ndarray:
+    """For every example the next one in the order, which wraps, whose prompt differs; `prompts` are equal
+    where prompts are: (n,) -> (n,).
 
     Raises ValueError if all prompts are the same.
     """
-    found = {}
-    twice = [*order, *order]  # walked backwards: the second copy gives the first what comes after its end
-    for index, following in zip(twice[-2::-1], twice[:0:-1]):
-        differs = examples[index].prompt != examples[following].prompt
-        found[index] = following if differs else found.get(following)
-    if None in found.values():
+    order = np.asarray(order)
+    keys = np.asarray(prompts)[order]  # (n,)
+    borders = np.flatnonzero(keys != np.roll(keys, -1))  # places whose successor has another prompt
+    if not len(borders):
         raise ValueError("the KL estimate needs two different prompts")
+    last = borders[np.searchsorted(borders, np.arange(len(order))) % len(borders)]  # (n,) of the same prompt
+    found = np.empty_like(order)
+    found[order] = order[(last + 1) % len(order)]
     return found
 
 
@@ -189,8 +175,8 @@ def plan(
     plan, and resuming at a step is looking it up.
     """
     order = epoch_order(len(lengths), seed, epoch)
-    units = units or [1] * len(lengths)
-    batch_size = max(batch_size, *units)
+    units = np.ones(len(lengths), int) if units is None else units
+    batch_size = max(batch_size, max(units))
     smallest = min(order, key=lambda index: lengths[index])
     batches = [[] for _ in range(steps_per_epoch(units, batch_size))]
     done = 0
@@ -215,7 +201,7 @@ def epoch_order(size: int, seed: int | None, epoch: int) -> list[int]:
 
 def steps_per_epoch(units: Sequence[int], batch_size: int) -> int:
     """Optimiser steps of an epoch: no group is split, so a step has at least the units of the largest."""
-    return ceil(sum(units) / max(batch_size, *units))
+    return ceil(sum(units) / max(batch_size, max(units)))
 
 
 def _balance(groups: list[int], lengths: Sequence[int], world_size: int, budget: int) -> list[list[int]]:

@@ -131,12 +131,17 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--log-every", type=count, default=1, help="optimiser steps between progress lines")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument(
+        "--token-cache",
+        default=os.environ.get("TOKEN_CACHE", "cache/tokens"),
+        help="encoded rows, kept and shared",
+    )
     group.add_argument("--trust-remote-code", type=boolean, default=False, metavar="true|false")
 
 
 # What a resumed run may change: where and how often it writes, how long and how fast it goes on.
 FREE_FLAGS = (
-    "out", "resume", "save_every", "keep_last", "log_every", "device", "trust_remote_code",
+    "out", "resume", "save_every", "keep_last", "log_every", "device", "token_cache", "trust_remote_code",
     "tokens_per_microbatch", "activation_checkpointing", "eval_data", "eval_every", "eval_examples",
     "epochs", "steps", "lr", "warmup_steps", "max_grad_norm", "max_value_grad_norm",
 )  # fmt: skip

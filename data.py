@@ -73,6 +73,11 @@ class Encoded(NamedTuple):
     labels: list[bool] = []  # per completion: is it desirable; empty: by the scores
 
     @property
+    def prompt_key(self) -> int:
+        """Equal for equal prompts, and in 2**-64 of all cases for others."""
+        return hash(tuple(self.prompt))
+
+    @property
     def tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.completions))
 
@@ -86,11 +91,22 @@ class Encoded(NamedTuple):
 
 
 def load(source: str, split: str) -> tuple[list[Example], Counter]:
-    """Examples of `NAME`, `NAME=SOURCE` (a dataset function and where its files are) or a .jsonl or .json
-    file.
+    """The whole `stream` at once: examples, and a count of the rows left out by reason."""
+    examples = []
+    dropped = Counter()
+    for row in stream(source, split):
+        if isinstance(row, str):
+            dropped[row] += 1
+        else:
+            examples.append(row)
+    return examples, dropped
 
-    Returns the examples and a count of the rows left out by reason. Raises ValueError (see the module) for
-    anything that cannot be read, and if there are no examples.
+
+def stream(source: str, split: str) -> Iterator[Example | str]:
+    """Rows of `NAME`, `NAME=SOURCE` (a dataset function and where its files are) or a .jsonl or .json file,
+    one at a time: an Example, or the reason why there is none.
+
+    Raises ValueError (see the module) for anything that cannot be read, and if there are no examples.
     """
     name, _, place = source.partition("=")
     if name in datasets():
@@ -102,16 +118,29 @@ def load(source: str, split: str) -> tuple[list[Example], Counter]:
         raise ValueError(
             f"{source}: neither a dataset ({known}; NAME=DIR reads local files) nor a .jsonl or .json file"
         )
-    examples = []
-    dropped = Counter()
+    empty = True
     for row in rows:
-        if isinstance(row, str):
-            dropped[row] += 1
-        else:
-            examples.append(row)
-    if not examples:
+        empty = empty and isinstance(row, str)
+        yield row
+    if empty:
         raise ValueError(f"{source}: no examples")
-    return examples, dropped
+
+
+def state(source: str, split: str) -> str:
+    """Changes when the rows of a source may have changed: the sizes and times of its files, or the version of
+    a dataset of the hub. What a dataset function reads from elsewhere is not known here."""
+    name, _, place = source.partition("=")
+    if name in datasets():
+        default = inspect.signature(getattr(sys.modules[__name__], name)).parameters.get("source")
+        place = place or (default.default if default else "")
+    path = Path(place or source)
+    if path.exists():
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return f"{name} {found}"
+    if name not in datasets() or place.count("/") != 1:
+        return source
+    return f"{name} {_hub(place, lambda hub: hub.load_dataset_builder(place).cache_dir, split)}"
 
 
 def datasets() -> list[str]:
@@ -161,18 +190,22 @@ def _published_rows(source: str, split: str, keys: Sequence[str]) -> Iterator[di
     elif os.sep in source and source.count("/") != 1 and not path.exists():
         raise ValueError(f"{source}: no such file or directory")
     else:
-        import datasets as hub
-
-        try:
-            rows = enumerate(hub.load_dataset(source, split=split))
-        except Exception as error:  # the library raises a dozen unrelated types for one user's mistake
-            cause = str(error).splitlines()[0]
-            raise ValueError(f"{source}: cannot load split {split!r}: {cause}") from error
+        rows = enumerate(_hub(source, lambda hub: hub.load_dataset(source, split=split), split))
     for where, row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
             where = where if isinstance(where, str) else f"{source}[{where}]"
             raise ValueError(f"{where}: not a row of the published dataset, which has {', '.join(keys)}")
         yield row
+
+
+def _hub(source: str, ask: Callable[[Any], Any], split: str) -> Any:
+    import datasets as hub
+
+    try:
+        return ask(hub)
+    except Exception as error:  # the library raises a dozen unrelated types for one user's mistake
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"{source}: cannot load split {split!r}: {cause}") from error
 
 
 def _dialogue(text: str) -> list[dict[str, str]] | None:
@@ -328,49 +361,7 @@ def _number(value: Any, key: str, where: str) -> float:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def encode_all(
-    examples: Sequence[Example | str],
-    dropped: Counter,
-    tokenizer: Any,
-    template: tuple[str, str | None],
-    max_length: int,
-    max_prompt_length: int,
-    source: str,
-    say: Callable[[str], None],
-    encoder: Callable[..., Encoded | str] | None = None,
-) -> list[Encoded]:
-    """Encode what can be, by `encode` or another encoder; says what was kept, what was left out and why, and
-    shows one example with its trained part.
-
-    Raises ValueError if nothing is left.
-    """
-    encoded = []
-    for example in examples:
-        result = (
-            (encoder or encode)(example, tokenizer, max_length, max_prompt_length, template)
-            if isinstance(example, Example)
-            else example
-        )
-        if isinstance(result, str):
-            dropped[result] += 1
-        else:
-            encoded.append(result)
-    reasons = "; ".join(f"{number} left out: {reason}" for reason, number in dropped.items())
-    if not encoded:
-        raise ValueError(f"{source}: no example is left at --max-length {max_length} ({reasons})")
-    lengths = sorted(example.tokens for example in encoded)
-    middle, high = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    say(
-        f"{source}: {len(encoded)} examples, tokens {middle} (median), {high} (95 %), {lengths[-1]} (most). "
-        f"{reasons}"
-    )
-    first = encoded[0]
-    shown = [token for token, wanted in zip(first.completions[0], first.trained[0]) if wanted]
-    say(f"  ...{tokenizer.decode(first.prompt)[-120:]!r} -> {tokenizer.decode(shown)[:200]!r}")
-    return encoded
-
-
-def subset(examples: list[Encoded], size: int) -> list[Encoded]:
+def subset(examples: Sequence[Encoded], size: int) -> list[Encoded]:
     """The same `size` examples in every run, whatever its seed."""
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
     return [examples[index] for index in sorted(order[:size])]

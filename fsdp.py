@@ -8,6 +8,8 @@ read between them.
 Left out: tensor, pipeline and expert parallelism; CPU offload.
 """
 
+import contextlib
+import ctypes
 import os
 from datetime import timedelta
 from typing import Iterable
@@ -35,6 +37,8 @@ def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.devi
                 f"--device cuda: local rank {local}, but {torch.cuda.device_count()} CUDA devices are visible"
             )
         torch.cuda.set_device(local)
+    else:
+        _keep_freed_memory()
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
@@ -42,6 +46,16 @@ def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.devi
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     return *ranks(), place
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed for the next tensor: given back, every page of it is mapped and zeroed
+    anew by the kernel, at a sixth of the speed of writing it. Another C library is left alone."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
+        mallopt(-2, 2**26)  # M_TOP_PAD: grow by 64 MB
 
 
 def ranks() -> tuple[int, int]:

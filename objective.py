@@ -14,8 +14,9 @@ Left out: losses that couple the examples of a batch other than through what pha
 import argparse
 import functools
 import math
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -203,12 +204,13 @@ class Objective(NamedTuple):
         """What --batch-size counts."""
         return "pairs" if self.pairs else "responses"
 
-    def batch_units(self, example: data.Encoded) -> int:
-        return len(data.pair_indices(example.scores, self.pairs)) if self.pairs else len(example.completions)
+    def batch_units(self, scores: Sequence[float]) -> int:
+        """How many of them an example with completions of these scores has."""
+        return len(data.pair_indices(scores, self.pairs)) if self.pairs else len(scores)
 
     def units(self, example: data.Encoded) -> int:
         """How many losses an example has."""
-        return example.trained_tokens if self.unit == "tokens" else self.batch_units(example)
+        return example.trained_tokens if self.unit == "tokens" else self.batch_units(example.scores)
 
     def weights(self, pack: batch.Pack) -> Tensor:
         """Of each unit in the sum."""
@@ -232,7 +234,7 @@ def make_objective(args: argparse.Namespace) -> Objective:
         [1], [[2, 3, 4], [5, 6]], [[True] * 3, [True] * 2], [1.0, 0.0], labels=[True, False]
     )
     if objective.thin is not None:
-        objective.thin([], 0)
+        objective.thin(np.zeros(0, bool), 0)
     pack = batch.pack([example], True, pairs or "best-worst")
     ones = torch.ones(5)
     if measure is not None:

@@ -29,6 +29,7 @@ import data
 import fsdp
 import losses
 import model
+import store
 import vocab
 
 
@@ -71,18 +72,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def load_examples(
     source: str, split: str, tokenizer: Any, template: Any, args: argparse.Namespace, say: Callable
-) -> list[data.Encoded]:
-    """Read and encode, of every example the best completion, or all with their control tokens; says what was
-    left out and why. Raises ValueError."""
-    examples, dropped = data.load(source, split)
+) -> store.Store:
+    """Read and encode, or take from the cache, of every example the best completion, or all with their
+    control tokens; says what was left out and why. Raises ValueError."""
+    select, encoder = data.best_completion, data.encode
     if args.method == "csft":
-        examples = [data.usable_feedback(example) for example in examples]
-        encoder = data.encode_conditioned
-    else:
-        examples = [data.best_completion(example) for example in examples]
-        encoder = data.encode
+        select, encoder = data.usable_feedback, data.encode_conditioned
     limits = (args.max_length, args.max_prompt_length)
-    return data.encode_all(examples, dropped, tokenizer, template, *limits, source, say, encoder)
+    return store.load(source, split, select, encoder, tokenizer, template, *limits, args.token_cache, say)
 
 
 def forward(policy: model.LanguageModel, pack: batch.Pack) -> losses.Loss:
@@ -160,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
 
-    lengths = [example.tokens for example in train]
+    lengths = train.lengths  # (n,)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = args.epochs * steps_per_epoch if args.steps is None else args.steps
     with config.user_errors():
@@ -212,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        tokens = sum(lengths[group] for group in counted)
+        tokens = int(lengths[counted].sum())
         seconds = time.perf_counter() - began
         row |= {"split": "train", "step": step, "epoch": step / steps_per_epoch}
         row |= {"examples": len(counted), "tokens": tokens}

@@ -25,7 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["OMP_NUM_THREADS"] = "1"
+if __name__ == "__main__":  # not for a benchmark that imports `install`
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
