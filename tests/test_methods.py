@@ -84,9 +84,9 @@ SYNC = "step % args.sync_reference_every == "
 MUTATIONS = {
     "the KL estimate of a micro-batch": ("kto", 1, 1, ESTIMATE, LOCAL),
     "the KL estimate of a rank": ("kto", 2, 1, OVER_RANKS, THIS_RANK),
-    "the KL estimate of the own answers": ("kto", 1, 1, "    if not partners:", "    if True:"),
+    "the KL estimate of the own answers": ("kto", 1, 1, "    if partners is None:", "    if True:"),
     "strangers that are not cut": ("kto", 1, 1, "args.max_length) for g", "9999) for g"),
-    "strangers in the order of the file": ("kto", 1, 1, "(train, order)", "(train, range(len(train)))"),
+    "strangers in the order of the file": ("kto", 1, 1, "prompts, order)", "prompts, range(len(train)))"),
     "no maximum over tokens": ("kto_token_max", 1, 1, "kl_token_max=peaks", "kl_token_max=0 * peaks"),
     "the mean advantage of a micro-batch": ("ppo", 1, 8, MEAN, OWN_MEAN),
     "the spread of the advantages of a micro-batch": ("ppo", 1, 8, SPREAD, OWN_SPREAD),
