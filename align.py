@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--humanline", type=config.boolean, default=False, help="clamp the log-ratio of each token")
     add("--sync-reference-every", type=config.count_or_zero, default=0, help="steps; 0: the reference stays")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
-    add("--activation-checkpointing", choices=("none", "full"), default="full")
+    add("--activation-checkpointing", choices=("none", "selective", "full"), default="full")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
     add("--seed", type=config.count_or_zero, default=0)
@@ -295,8 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer.pad_token_id = data.padding_id(tokenizer)
             model.add_score(policy, args.model, tokenizer.pad_token_id)
     tokenizer.chat_template = template[1] or tokenizer.chat_template  # what was trained with goes along
-    if args.activation_checkpointing == "full":
-        model.checkpoint_activations(policy)
+    model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
     if reference is not None:
         reference.requires_grad_(False)

@@ -522,7 +522,7 @@ def _render(
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
 def _encode_prompt(
@@ -563,13 +563,16 @@ def _encode_completion(
     history = list(example.prompt)
     ids = []
     trained = []
-    done = prompt_text
+    done = opened = prompt_text
     for turn in turns:
         if turn["role"] == "assistant":
             closed = _render(tokenizer, [*history, turn], template, False)
             blank = _render(tokenizer, [*history, {**turn, "content": "\0"}], template, False)
             before, _, after = blank.partition("\0")
-            opened = _render(tokenizer, history, template, True) if history else before
+            if not history:
+                opened = before
+            elif len(history) > len(example.prompt):  # else it is the prompt's own text
+                opened = _render(tokenizer, history, template, True)
             between = _ids(tokenizer, _continued(done, opened, example, template)[len(done) :])
             ends_itself = bool(after.strip())  # else the template writes no end-of-turn token
             answer = closed.rstrip() if ends_itself else closed[: len(closed) - len(after)]

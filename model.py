@@ -200,9 +200,14 @@ def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
         lm.score.weight.data.copy_(old.score.weight)
 
 
-def checkpoint_activations(model: LanguageModel) -> None:
-    """Keep only each block's input; recompute the block in the backward pass. In place, before fsdp.shard."""
-    model.lm.activation_checkpointing_enable({"use_reentrant": False})
+def checkpoint_activations(model: LanguageModel, which: str) -> None:
+    """Keep only the input of a block and recompute the block in the backward pass: of every block ("full"),
+    of every second one ("selective") or of none. In place, before fsdp.shard."""
+    if which != "none":
+        model.lm.activation_checkpointing_enable({"use_reentrant": False})
+    if which == "selective":
+        for block in model.blocks[1::2]:
+            block.gradient_checkpointing = False
 
 
 def _local(path: str) -> dict[str, bool]:

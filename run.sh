@@ -13,7 +13,8 @@ bash run.sh            set up, then the demo: SFT of a tiny model, then dpo, tdp
                        bundled Anthropic HH sample; ends with a table and a figure. Finished stages are skipped.
 bash run.sh test       set up, then the test suite; further arguments go to pytest
 bash run.sh setup      only make .venv and install requirements.txt
-bash run.sh step       the time and memory of one step on SmolLM2-135M: bench/step.py (fetches the model, 93 MB)
+bash run.sh bench      every measurement of the README on SmolLM2-135M, under 30 minutes on 2 cores; tables go to runs/bench
+bash run.sh step       the time and memory of one step: bench/step.py (all of these fetch the model, 93 MB)
 bash run.sh exact      the errors of logp, kl and cvar against fp64 on SmolLM2-135M: bench/exact.py
 bash run.sh parity     our losses against TRL's, in an environment of its own (1.5 GB): bench/parity.py
 bash run.sh help       this text
@@ -61,6 +62,20 @@ smollm2() {
     .venv/bin/python examples/get_smollm2.py models/smollm2
 }
 
+# Every table of the README. Nothing else should run on the machine meanwhile.
+bench() {
+    local out=runs/bench model=models/smollm2
+    mkdir -p "$out"
+    run() { echo "== bench/$1.py" && .venv/bin/python "bench/$1.py" "${@:2}" --out "$out/$1.md"; }
+    .venv/bin/python bench/exact.py --model "$model" | tee "$out/exact.md"
+    run head --model "$model"
+    run scaling --figure "$out/memory.png"
+    run rows --model "$model"
+    run step --model "$model" --warmup 1 --profile --rows dpo tdpo1 "ra_dpo1, cvar" "ra_dpo1, erm" "dpo, 2 processes"
+    run vs_published --model "$model" --warmup 1
+    run vs_trl --model "$model" --warmup 1
+}
+
 mode=${1:-demo}
 [ $# -gt 0 ] && shift
 case "$mode" in
@@ -68,6 +83,7 @@ case "$mode" in
     setup) setup ;;
     demo) setup && demo ;;
     test) setup && OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} .venv/bin/python -m pytest -q "$@" ;;
+    bench) setup && smollm2 && bench ;;
     step) setup && smollm2 && .venv/bin/python bench/step.py --model models/smollm2 "$@" ;;
     parity) setup && .venv/bin/python bench/parity.py "$@" ;;
     exact) setup && smollm2 && .venv/bin/python bench/exact.py --model models/smollm2 "$@" ;;

@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--adam-eps", type=config.positive, default=1e-8)
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over trained tokens")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
-    add("--activation-checkpointing", choices=("none", "full"), default="full")
+    add("--activation-checkpointing", choices=("none", "selective", "full"), default="full")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
     add("--seed", type=config.count_or_zero, default=0)
@@ -150,8 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.chat_template = template[1] or tokenizer.chat_template  # what was trained with goes along
     if args.method == "csft":
         tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + data.ASK_FOR_GOOD
-    if args.activation_checkpointing == "full":
-        model.checkpoint_activations(policy)
+    model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True

@@ -1,22 +1,26 @@
 """Time and memory of one optimiser step, against the matmul lower bound measured in the same run.
 
-    python bench/step.py --model models/smollm2 [--losses dpo ra_dpo1] [--steps 8] [--out bench/step.md]
+    python bench/step.py --model models/smollm2 [--rows dpo tdpo1 cvar] [--steps 8] [--profile] [--out FILE]
 
-Drives the real align.py, one process a loss (so that peak memory is its own), in turns: loss by loss, round
-by round. The lower bound is the time of the step's matrix multiplications alone, at their shapes, in the
-run's dtype: body forward twice (policy, and recomputed where activations are checkpointed), backward (twice a
-forward), the reference's forward, and the head. Prints a Markdown table and one JSON line.
+Drives the real align.py, one process a row of ROWS (so that peak memory is its own), in --rounds turns, row by
+row. The lower bound is the time of the step's matrix multiplications alone, at their shapes, in bf16: body
+forward of the reference and of the policy, again where activations are checkpointed, backward (twice a
+forward), and the head: logits of both, of the policy again, two products of the backward. With --profile one
+more step of the first row is run under torch's profiler. Prints Markdown tables and one JSON line.
 """
 
 import argparse
 import json
+import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,8 +31,33 @@ import transformers  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 
+ROWS = {
+    "dpo": ["--loss", "dpo"],
+    "tdpo1": ["--loss", "tdpo1"],
+    "ra_dpo1, cvar": ["--loss", "ra_dpo1", "--risk", "cvar"],
+    "ra_dpo1, erm": ["--loss", "ra_dpo1", "--risk", "erm"],
+    "ra_dpo1, published": ["--loss", "ra_dpo1", "--risk", "published"],
+    "kto": ["--loss", "kto"],
+    "ppo": ["--loss", "ppo"],
+    "dpo, selective": ["--loss", "dpo", "--activation-checkpointing", "selective"],
+    "dpo, none": ["--loss", "dpo", "--activation-checkpointing", "none"],
+    "dpo, 2 processes": ["--loss", "dpo"],
+}
+# What the profile's operations are for, by their names; the first that matches.
+KINDS = {
+    "matrix products of body and head": r"aten::(mm|addmm|addmm_)$",
+    "matrix products of attention": r"aten::bmm$",
+    "copies and casts": r"aten::(copy_|cat|_to_copy|clone|index_select|gather|zero_|fill_)|fsdp::|c10d::|gloo",
+    "elementwise and sums": r"aten::(mul|add|sub|div|exp|pow|silu|rsqrt|mean|sum|neg|tanh|softmax|_softmax|logsumexp|"
+    r"log|masked|where|addcmul|triu|tril|index_add|scatter|embedding|linalg|amax|heaviside|clamp|maximum)",
+    "AdamW": r"_fused_adamw_",
+}
 
-def median_seconds(run, repeats: int = 7) -> float:
+
+# ---- the lower bound
+
+
+def median_seconds(run: Callable, repeats: int = 7) -> float:
     run()
     times = []
     for _ in range(repeats):
@@ -38,139 +67,148 @@ def median_seconds(run, repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def matmul_seconds(config, tokens: int, trained: int, recompute: bool) -> dict[str, float]:
-    """Seconds of a step's matmuls in bf16, at their shapes, summed from single calls."""
-    shapes = {}  # (in, out) of every linear layer of a block -> how many
+def matmul_seconds(config, tokens: int, trained: int) -> dict[str, float]:  # noqa: ANN001
+    """Seconds of a step's matmuls in bf16 at their shapes, and the rate of the body's in FLOP a second."""
     wide = config.num_attention_heads * config.head_dim
     narrow = config.num_key_value_heads * config.head_dim
-    for shape in (
-        (config.hidden_size, wide), (wide, config.hidden_size), (config.hidden_size, narrow), (config.hidden_size, narrow),
-        (config.hidden_size, config.intermediate_size), (config.hidden_size, config.intermediate_size),
-        (config.intermediate_size, config.hidden_size),
-    ):  # fmt: skip
-        shapes[shape] = shapes.get(shape, 0) + config.num_hidden_layers
+    size, inner = config.hidden_size, config.intermediate_size
+    block = [(size, wide), (wide, size), (size, narrow), (size, narrow), (size, inner), (size, inner), (inner, size)]
     forward = backward = 0.0
-    for (inner, outer), number in shapes.items():
-        x = torch.randn(tokens, inner, dtype=torch.bfloat16)
-        y = torch.randn(tokens, outer, dtype=torch.bfloat16)
-        w = torch.randn(outer, inner, dtype=torch.bfloat16)
-        forward += number * median_seconds(lambda x=x, w=w: x @ w.t())
-        backward += number * (
-            median_seconds(lambda y=y, w=w: y @ w) + median_seconds(lambda x=x, y=y: y.t() @ x)
-        )
-    h = torch.randn(trained, config.hidden_size, dtype=torch.bfloat16)
-    w = torch.randn(config.vocab_size, config.hidden_size, dtype=torch.bfloat16)
+    for before, after in block:
+        x, y = (torch.randn(tokens, width, dtype=torch.bfloat16) for width in (before, after))
+        w = torch.randn(after, before, dtype=torch.bfloat16)
+        forward += config.num_hidden_layers * median_seconds(lambda x=x, w=w: x @ w.t())
+        both = median_seconds(lambda y=y, w=w: y @ w) + median_seconds(lambda x=x, y=y: y.t() @ x)
+        backward += config.num_hidden_layers * both
+    h = torch.randn(trained, size, dtype=torch.bfloat16)
+    w = torch.randn(config.vocab_size, size, dtype=torch.bfloat16)
     z = torch.randn(trained, config.vocab_size, dtype=torch.bfloat16)
-    head = median_seconds(lambda: h @ w.t(), 3)
-    head_backward = median_seconds(lambda: z @ w, 3) + median_seconds(lambda: z.t() @ h, 3)
-    body = (
-        forward * (3 if recompute else 2) + backward
-    )  # policy and reference forward, recomputation, backward
-    return {"body": body, "head": 2 * head + head_backward, "flops_rate": _rate(config, tokens, forward)}
+    head = 3 * median_seconds(lambda: h @ w.t(), 3)
+    head += median_seconds(lambda: z @ w, 3) + median_seconds(lambda: z.t() @ h, 3)
+    flops = 2 * tokens * sum(before * after for before, after in block) * config.num_hidden_layers
+    return {"body forward": forward, "body backward": backward, "head": head, "rate": flops / forward}
 
 
-def _rate(config, tokens: int, forward: float) -> float:
-    wide = config.num_attention_heads * config.head_dim
-    narrow = config.num_key_value_heads * config.head_dim
-    block = config.hidden_size * (2 * wide + 2 * narrow + 3 * config.intermediate_size)
-    return 2 * tokens * block * config.num_hidden_layers / forward
+def bound(parts: dict[str, float], flags: list[str]) -> float:
+    passes = 3 - ("none" in flags) - 0.5 * ("selective" in flags)
+    return passes * parts["body forward"] + parts["body backward"] + parts["head"]
 
 
-def step_times(args: argparse.Namespace, loss: str) -> tuple[list[dict], float]:
-    """Rows of the steps after the warm-up, and the peak resident set of the process in GB."""
+# ---- the runs
+
+
+def run_row(args: argparse.Namespace, label: str, steps: int, *wrapper: str) -> tuple[list[dict], str]:
+    """The logged rows of a run, and the last line that it printed."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "align.py", "--model", args.model, "--data", args.data, "--loss", loss]
-        command += [
-            "--steps",
-            str(args.warmup + args.steps),
-            "--batch-size",
-            str(args.pairs),
-            "--max-length",
-            "512",
-        ]
-        command += [
-            "--out",
-            folder + "/run",
-            "--eval-every",
-            "0",
-            "--device",
-            "cpu",
-            "--tokens-per-microbatch",
-        ]
-        command += [
-            str(args.tokens_per_microbatch),
-            "--activation-checkpointing",
-            args.activation_checkpointing,
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        script = wrapper or ["align.py"]
+        command = [sys.executable, *script, "--model", args.model, "--data", args.data, *ROWS[label]]
+        command += ["--out", f"{folder}/run", "--steps", str(steps), "--max-length", "512", "--eval-every", "0"]
+        responses = args.pairs * (1 if "dpo" in label else 2)  # kto and ppo count responses
+        command += ["--batch-size", str(responses), "--device", "cpu"]
+        command += ["--tokens-per-microbatch", str(args.tokens_per_microbatch)]
+        env = dict(os.environ)
+        if label.endswith("processes"):
+            command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            env["OMP_NUM_THREADS"] = "1"
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
         if done.returncode:
-            sys.exit(done.stderr)
-        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    return rows[args.warmup :], max(row["mem_gb"] for row in rows)
+            sys.exit(done.stderr[-4000:])
+        lines = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines], done.stdout.splitlines()[-1]
+
+
+def profile_last_step(argv: list[str]) -> None:
+    """align.py with its last step under the profiler; prints the seconds of each kind of work as JSON."""
+    import align
+    import config
+
+    steps = int(argv[argv.index("--steps") + 1])
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    make_packs, write_row = align.make_packs, config.write_row
+    calls = []
+
+    def begin(*parts):  # noqa: ANN002, ANN202
+        calls.append(parts)
+        if len(calls) == steps:
+            profiler.start()
+        return make_packs(*parts)
+
+    def end(*parts):  # noqa: ANN002, ANN202
+        if len(calls) == steps:
+            profiler.stop()
+        return write_row(*parts)
+
+    align.make_packs, config.write_row = begin, end
+    align.main(argv)
+    found = dict.fromkeys([*KINDS, "the rest: dispatch, Python, hooks"], 0.0)
+    for event in profiler.key_averages():
+        kinds = [kind for kind, names in KINDS.items() if re.match(names, event.key)]
+        found[kinds[0] if kinds else list(found)[-1]] += event.self_cpu_time_total / 1e6
+    print(json.dumps(found))
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["profiled"]:
+        profile_last_step(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", default="examples/hh_train.jsonl")
-    parser.add_argument("--losses", nargs="+", default=["dpo", "tdpo1", "ra_dpo1"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
-    parser.add_argument("--activation-checkpointing", choices=("none", "full"), default="full")
+    parser.add_argument("--tokens-per-microbatch", type=int, default=4096)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="also write the output here")
     args = parser.parse_args()
 
-    found = {loss: ([], 0.0) for loss in args.losses}
+    found = {label: [] for label in args.rows}
+    peaks = dict.fromkeys(args.rows, 0.0)
     for _ in range(args.rounds):
-        for loss in args.losses:
-            rows, peak = step_times(args, loss)
-            found[loss] = (found[loss][0] + rows, max(found[loss][1], peak))
+        for label in args.rows:
+            rows, _ = run_row(args, label, args.warmup + args.steps)
+            found[label] += rows[args.warmup :]
+            peaks[label] = max(peaks[label], *[row["mem_gb"] for row in rows])
     tokenizer = model.load_tokenizer(args.model)
     template = data.chat_template(tokenizer, None)
-    encoded = [
-        data.encode(example, tokenizer, 512, 256, template) for example in data.load(args.data, "train")[0]
-    ]
+    examples = data.load(args.data, "train")[0]
+    encoded = [data.encode(example, tokenizer, 512, 256, template) for example in examples]
     trained = sum(example.trained_tokens for example in encoded) / len(encoded) * args.pairs
-    tokens = statistics.mean(row["tokens"] for row in found[args.losses[0]][0])
+    base = args.rows[0]
+    tokens = statistics.mean(row["tokens"] for row in found[base])
     config = transformers.AutoConfig.from_pretrained(args.model)
-    bound = matmul_seconds(config, int(tokens), int(trained), args.activation_checkpointing == "full")
-    seconds = bound["body"] + bound["head"]
-    base = statistics.median(row["step_s"] for row in found[args.losses[0]][0])
+    parts = matmul_seconds(config, int(tokens), int(trained))
+    seconds = {label: statistics.median(row["step_s"] for row in rows) for label, rows in found.items()}
     lines = [
-        f"{args.pairs} pairs a step, max length 512, bf16, live reference, {describe_machine()}; "
-        f"medians of {args.steps * args.rounds} steps after {args.warmup} of warm-up; activation checkpointing "
-        f"{args.activation_checkpointing}, {args.tokens_per_microbatch} tokens a micro-batch.",
+        f"{args.pairs} pairs a step, max length 512, bf16, live reference, {describe_machine()}; medians of "
+        f"{args.steps * args.rounds} steps after {args.warmup} of warm-up, {tokens:.0f} tokens a step on average.",
         "",
-        f"| loss | s/step | ratio to {args.losses[0]} | pairs/s | tokens/s | peak RSS, GB | matmul bound / step |",
+        f"| row | s/step | to {base} | pairs/s | tokens/s | peak RSS, GB | matmul bound / step |",
         "|---|---|---|---|---|---|---|",
     ]
-    record = {
-        "machine": describe_machine(),
-        "bound_s": seconds,
-        "matmul_flops": bound["flops_rate"],
-        "losses": {},
-    }
-    for loss, (rows, peak) in found.items():
-        step = statistics.median(row["step_s"] for row in rows)
-        speed = statistics.median(row["tok_per_s"] for row in rows)
-        pairs = args.pairs / step
+    record = {"machine": describe_machine(), "bound": parts, "rows": {}}
+    for label, rows in found.items():
+        step = seconds[label]
+        speed = sum(row["tokens"] for row in rows) / sum(row["step_s"] for row in rows)
+        share = f"{bound(parts, ROWS[label]) / step:.0%}" if "dpo" in label else "-"
         lines.append(
-            f"| {loss} | {step:.2f} | {step / base:.2f} | {pairs:.2f} | {speed:.0f} | {peak:.2f} | {seconds / step:.0%} |"
+            f"| {label} | {step:.2f} | {step / seconds[base]:.2f} | {args.pairs / step:.2f} | {speed:.0f} | "
+            f"{peaks[label]:.2f} | {share} |"
         )
-        record["losses"][loss] = {
-            "step_s": step,
-            "pairs_per_s": pairs,
-            "tokens_per_s": speed,
-            "peak_gb": peak,
-        }
-    lines.append("")
-    lines.append(
-        f"Matmul lower bound {seconds:.2f} s (body {bound['body']:.2f}, head {bound['head']:.2f}) at "
-        f"{bound['flops_rate'] / 1e12:.2f} TFLOP/s measured on the body's shapes."
-    )
+        record["rows"][label] = {"step_s": step, "tokens_per_s": speed, "peak_gb": peaks[label]}
+    lines += [
+        "",
+        f"Matmul lower bound of {base}: {bound(parts, ROWS[base]):.2f} s, of which the head {parts['head']:.2f} s, at "
+        f"{parts['rate'] / 1e12:.2f} TFLOP/s measured on the body's shapes. Peak memory is one process's.",
+    ]
+    if args.profile:
+        _, last = run_row(args, base, args.warmup + 1, __file__, "profiled")
+        record["profile"] = json.loads(last)
+        whole = sum(record["profile"].values())
+        lines += ["", f"| where a step of {base} goes (profiler) | s | share |", "|---|---|---|"]
+        lines += [f"| {kind} | {spent:.2f} | {spent / whole:.0%} |" for kind, spent in record["profile"].items()]
     report(lines, record, args.out)
 
 

@@ -4,7 +4,8 @@
 
 Naive: both answers of a pair padded side by side, prompts twice, eager attention, the logits of policy and
 reference whole and in fp32, softmax and log-softmax of both, two `torch.quantile` over the halves of the
-vocabulary, everything in autograd; it runs at 2 pairs a step, since 8 do not fit into 24 GB. Ours: align.py
+vocabulary, everything in autograd; it runs at 2 pairs a step, since 8 do not fit into 24 GB. Its reference
+has fp32 weights under autocast like the policy, so that the first loss is log 2 as it must be. Ours: align.py
 at 8 pairs a step, with the exact cvar and with the published measure. Same pairs, bf16 compute, fp32 masters,
 AdamW. Medians over the steps after the warm-up, peak resident set of each process. Prints a Markdown table
 and one JSON line.
@@ -84,8 +85,7 @@ def naive(args: argparse.Namespace, folder: Path) -> dict:
     template = data.chat_template(tokenizer, None)
     pairs = [data.encode(e, tokenizer, 4096, 2048, template) for e in data.read(folder / "trl.jsonl")]
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    policy = AutoModelForCausalLM.from_pretrained(args.model, **options).train()
-    reference = AutoModelForCausalLM.from_pretrained(args.model, **options | {"dtype": torch.bfloat16})
+    policy, reference = (AutoModelForCausalLM.from_pretrained(args.model, **options) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-6, fused=True)
     seconds, losses = [], []
     for step in range(args.warmup + args.steps):
