@@ -24,7 +24,7 @@ from torch import Tensor
 
 import risk as risk_measures
 
-CHUNK_BYTES = 2**24  # of one fp32 block of logits: small enough to stay in a CPU's last-level cache
+CHUNK_BYTES = 2**25  # of one fp32 block of logits: few enough chunks, and temporaries that are used again
 
 
 class Head(NamedTuple):

@@ -3,8 +3,10 @@
     python bench/head.py --model models/smollm2 [--pairs 8] [--out FILE]
 
 Operands are real: the hidden states of the trained tokens of HH pairs, in bf16; the policy's are the
-reference's plus noise of NOISE of their spread, for a drift like that of training. One process a row, so that
-its peak memory is its own; medians of REPEATS. Errors are against fp64 on the same operands: logp the mean
+reference's plus noise of NOISE of their spread, for a drift like that of training. "whole" is the usual code,
+every step of which has an (N, V) tensor: with logits rounded to bf16, as a bf16 model has them, or with fp32
+logits like ours. One process a row, all with freed memory kept; medians of REPEATS. Extra memory is the peak
+resident set less what was resident before the first pass. Errors are against fp64 on the same operands: logp the mean
 absolute error in nats, drifts the relative error of their mean over the tokens. Prints a Markdown table and
 one JSON line.
 """
@@ -12,7 +14,6 @@ one JSON line.
 import argparse
 import functools
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from torch import Tensor  # noqa: E402
 import attention  # noqa: E402
 import batch  # noqa: E402
 import data  # noqa: E402
+import fsdp  # noqa: E402
 import model  # noqa: E402
 import risk  # noqa: E402
 import vocab  # noqa: E402
@@ -43,7 +45,6 @@ MEASURES = {
     "kl": risk.kl,
     "cvar": functools.partial(risk.cvar, confidence_level=LEVEL),
     "erm": functools.partial(risk.erm, risk_aversion=1.0),
-    "published": functools.partial(risk.published, confidence_level=LEVEL),
 }
 
 
@@ -56,11 +57,13 @@ def ours(operands: dict[str, Tensor], drift: str) -> tuple[Tensor, Tensor | None
     return found.logps, {"logp": None, "kl": found.kl}.get(drift, found.risk)
 
 
-def whole(operands: dict[str, Tensor], drift: str) -> tuple[Tensor, Tensor | None]:
-    """As one writes it: the logits of all tokens in bf16, then fp32, autograd through everything."""
-    logps = (operands["hidden"] @ operands["weight"].t()).float().log_softmax(-1)  # (N, V)
+def whole(operands: dict[str, Tensor], drift: str, wide: bool) -> tuple[Tensor, Tensor | None]:
+    """As one writes it: the logits of all tokens, autograd through everything."""
+    parts = [operands[key].float() if wide else operands[key] for key in ("hidden", "ref_hidden", "weight")]
+    hidden, ref_hidden, weight = parts
+    logps = (hidden @ weight.t()).float().log_softmax(-1)  # (N, V)
     with torch.no_grad():
-        ref_logps = (operands["ref_hidden"] @ operands["weight"].t()).float().log_softmax(-1)  # (N, V)
+        ref_logps = (ref_hidden @ weight.t()).float().log_softmax(-1)  # (N, V)
     chosen = logps.gather(-1, operands["targets"][:, None])[:, 0]  # (N,)
     if drift == "logp":
         return chosen, None
@@ -69,27 +72,34 @@ def whole(operands: dict[str, Tensor], drift: str) -> tuple[Tensor, Tensor | Non
         return chosen, (mass * cost).sum(-1)
     if drift == "erm":
         return chosen, torch.logsumexp(ref_logps + cost, -1)
-    if drift == "cvar":  # by sorting
-        worst, order = cost.sort(-1, descending=True)  # (N, V)
-        sorted_mass = mass.gather(-1, order)  # (N, V)
-        room = (LEVEL - (sorted_mass.cumsum(-1) - sorted_mass)).clamp(min=0)  # (N, V)
-        return chosen, (torch.minimum(sorted_mass, room) * worst).sum(-1) / LEVEL
-    found = []
-    half = cost.shape[-1] // 2
-    for part, its_mass in zip(cost.split(half, -1), mass.split(half, -1)):
-        # torch.quantile takes at most 16 million numbers
-        rows = [torch.quantile(x.detach(), 1 - LEVEL, dim=-1, keepdim=True) for x in part.split(256)]
-        found.append((its_mass * part * (part > torch.cat(rows))).sum(-1))  # (N,)
-    return chosen, sum(found)
+    worst, order = cost.sort(-1, descending=True)  # (N, V) cvar, by sorting
+    sorted_mass = mass.gather(-1, order)  # (N, V)
+    room = (LEVEL - (sorted_mass.cumsum(-1) - sorted_mass)).clamp(min=0)  # (N, V)
+    return chosen, (torch.minimum(sorted_mass, room) * worst).sum(-1) / LEVEL
+
+
+HEADS = {
+    "ours": ours,
+    "whole, bf16 logits": functools.partial(whole, wide=False),
+    "whole, fp32 logits": functools.partial(whole, wide=True),
+}
+
+
+def peak_gb() -> float:
+    """Peak resident set since it was last reset; not getrusage's, which begins with the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def child(path: Path, name: str, drift: str) -> None:
     operands = load_file(path)
-    compute = {"ours": ours, "whole": whole}[name]
+    compute = HEADS[name]
+    fsdp.init("cpu")
     for key in ("hidden", "weight"):
         operands[key].requires_grad_()
     torch.randn(64, 64, dtype=torch.bfloat16) @ torch.randn(64, 64, dtype=torch.bfloat16)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_gb()
     times = []
     for _ in range(REPEATS + 1):
         operands["hidden"].grad = operands["weight"].grad = None
@@ -97,8 +107,7 @@ def child(path: Path, name: str, drift: str) -> None:
         logps, risks = compute(operands, drift)
         (logps.sum() if risks is None else logps.sum() - risks.sum()).backward()
         times.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = {"seconds": sorted(times[1:])[REPEATS // 2], "extra_gb": (peak - before) * 1024 / 1e9}
+    result = {"seconds": sorted(times[1:])[REPEATS // 2], "extra_gb": peak_gb() - before}
     few = slice(0, 256)
     exact = {key: value.detach()[few] if key != "weight" else value for key, value in operands.items()}
     exact = {key: value.double() if value.is_floating_point() else value for key, value in exact.items()}
@@ -144,23 +153,25 @@ def main() -> None:
         operands = make_operands(args.model, args.data, args.pairs)
         save_file(operands, f"{folder}/operands.safetensors")
         for drift in MEASURES:
-            for name in ("ours", "whole"):
+            for name in HEADS:
                 again = [sys.executable, __file__, "--model", args.model]
                 again += ["--child", f"{folder}/operands.safetensors", name, drift]
                 done = subprocess.run(again, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(done.stderr[-4000:])
-                found[f"{name}, {drift}"] = json.loads(done.stdout.strip().splitlines()[-1])
-    size = f"{len(operands['targets'])} tokens, vocabulary {len(operands['weight'])}, width {operands['weight'].shape[1]}"
+                found[f"{drift}: {name}"] = json.loads(done.stdout.strip().splitlines()[-1])
+    size = (
+        f"{len(operands['targets'])} tokens, vocabulary {len(operands['weight'])}, width {operands['weight'].shape[1]}"
+    )
     lines = [
         f"{size}, bf16 operands, logp of policy and reference and one drift, forward and backward, {describe_machine()}",
         "",
-        "| head | s | to ours, logp | to ours | extra memory, GB | logp, error in nats | drift, rel. error |",
+        "| drift: head | s | to logp: ours | to ours | extra memory, GB | logp, error in nats | drift, rel. error |",
         "|---|---|---|---|---|---|---|",
     ]
-    base = found["ours, logp"]["seconds"]
+    base = found["logp: ours"]["seconds"]
     for label, row in found.items():
-        mine = found[label.replace("whole", "ours")]["seconds"]
+        mine = found[label.split(":")[0] + ": ours"]["seconds"]
         drift = f"{row['drift']:.1e}" if "drift" in row else "-"
         lines.append(
             f"| {label} | {row['seconds']:.2f} | {row['seconds'] / base:.2f} | {row['seconds'] / mine:.2f} | "
