@@ -19,8 +19,8 @@ NAME` finds it.
 
 A mistake in a file is a ValueError that reads "file:line: what is wrong; what would be right".
 
-Left out: streaming of data larger than memory, tools and images in turns, special tokens spelled out inside
-user text (they are tokenised as special, as transformers' chat templates do).
+Left out: tools and images in turns, special tokens spelled out inside user text (they are tokenised as
+special, as transformers' chat templates do).
 """
 
 import gzip

@@ -50,7 +50,7 @@ KINDS = {
     "copies and casts": r"aten::(copy_|cat|_to_copy|clone|index_select|gather|zero_|fill_)|fsdp::|c10d::|gloo",
     "elementwise and sums": r"aten::(mul|add|sub|div|exp|pow|silu|rsqrt|mean|sum|neg|tanh|softmax|_softmax|logsumexp|"
     r"log|masked|where|addcmul|triu|tril|index_add|scatter|embedding|linalg|amax|heaviside|clamp|maximum)",
-    "AdamW": r"_fused_adamw_",
+    "AdamW": r"aten::_fused_adamw_",
 }
 
 

@@ -41,6 +41,8 @@ SETTINGS = {
     "TRL SFT, 2 at a time, freed memory kept": AUTOCAST | TWO | KEPT,
     "TRL SFT, 2 at a time, freed memory kept, bf16 weights": AUTOCAST | TWO | KEPT | NO_MASTERS,
 }
+# What a run without --only measures: the fastest of each that has fp32 masters.
+FASTEST = ("TRL DPO, 1 at a time, freed memory kept", "TRL SFT, 2 at a time, freed memory kept")
 OURS = {
     "ours, dpo": ["align.py", "--loss", "dpo"],
     "ours, sft": ["sft.py"],
