@@ -115,7 +115,8 @@ def _tiles(layout: Layout, heads: int, window: int | None) -> Iterator[_Tile]:
     for queries, keys, prompt in zip(layout.query_sizes, layout.key_sizes, layout.prompts):
         shared = keys - queries
         step = min(TILE_ROWS, max(16, TILE_BYTES // (4 * heads * min(keys, window or keys))))
-        for first in range(0, queries, step):
+        # those with the most keys first: what they free has room for the others
+        for first in reversed(range(0, queries, step)):
             last = min(first + step, queries)
             reach = -keys if window is None else shared + first - window  # the last key too far for query 0
             hidden = max(0, reach + 1)  # keys that are too far for all

@@ -39,6 +39,9 @@ def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.devi
         torch.cuda.set_device(local)
     else:
         _keep_freed_memory()
+        # compiled products kept for shapes seen before, half a megabyte each: no two batches have the same
+        for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's and oneDNN's: 1,024
+            os.environ.setdefault(cache, "128")
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
