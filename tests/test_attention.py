@@ -339,6 +339,25 @@ def test_varlen_kernels_fed_by_the_layout_equal_the_loop(monkeypatch, backend, r
     torch.testing.assert_close(attention._varlen(query, key, value, layout, 0.7, window, cap), expected)
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_tiles_change_nothing(monkeypatch, rows, window, cap):
+    # red: `reach` of the segment's first query for all tiles; keys of a tile that begin at 0 in spite of `hidden`
+    groups = [(7, [9, 3]), (0, [11]), (1, [3, 8, 2])]
+    upstream = None
+    found = []
+    for size in (256, rows):
+        monkeypatch.setattr(attention, "TILE_ROWS", size)
+        heads = [states.detach().requires_grad_() for states in random_heads(groups)]
+        out, _ = attention.attend(None, *heads, None, attention.layout(groups), 0.7, 0.0, window, cap)
+        upstream = torch.randn_like(out) if upstream is None else upstream
+        found.append([out, *torch.autograd.grad(out, heads, upstream)])
+    for whole, tiled in zip(*found):
+        torch.testing.assert_close(tiled, whole, rtol=1e-10, atol=1e-12)
+    assert len(list(attention._tiles(attention.layout(groups), 4, window))) > 6
+
+
 @pytest.mark.parametrize("name", ["layout", "dropout", "s_aux", "attention_mask", "encoder"])
 def test_attend_refuses_what_it_cannot_do(name):
     query, key, value = random_heads(ROWS["one"])
