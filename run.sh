@@ -13,7 +13,7 @@ bash run.sh            set up, then the demo: SFT of a tiny model, then dpo, tdp
                        bundled Anthropic HH sample; ends with a table and a figure. Finished stages are skipped.
 bash run.sh test       set up, then the test suite; further arguments go to pytest
 bash run.sh setup      only make .venv and install requirements.txt
-bash run.sh bench      every measurement of the README on SmolLM2-135M, under 30 minutes on 2 cores; tables go to runs/bench
+bash run.sh bench      every measurement of the README on SmolLM2-135M, about half an hour on 2 cores; tables go to runs/bench
 bash run.sh step       the time and memory of one step: bench/step.py (all of these fetch the model, 93 MB)
 bash run.sh exact      the errors of logp, kl and cvar against fp64 on SmolLM2-135M: bench/exact.py
 bash run.sh parity     our losses against TRL's, in an environment of its own (1.5 GB): bench/parity.py
@@ -70,7 +70,7 @@ bench() {
     .venv/bin/python bench/exact.py --model "$model" | tee "$out/exact.md"
     run head --model "$model"
     run scaling --figure "$out/memory.png"
-    run rows --model "$model"
+    run rows --model "$model" --rows 2000 20000
     run step --model "$model" --warmup 1 --profile --rows dpo tdpo1 "ra_dpo1, cvar" "ra_dpo1, erm" "dpo, 2 processes"
     run vs_published --model "$model" --warmup 1
     run vs_trl --model "$model" --warmup 1

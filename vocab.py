@@ -184,6 +184,7 @@ class _TokenStatistics(torch.autograd.Function):
                 _add_outer(grad_weight, upstream, hidden[rows])
             if wants_bias:
                 grad_bias.add_(upstream.sum(0))
+        project = project_reference = None  # their fp32 copies of the weights, before the next copy is made
         grad_weight = grad_weight.to(weight.dtype) if wants_weight else None
         grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
