@@ -89,8 +89,9 @@ def load_examples(
 ) -> store.Store:
     """Read and encode, or take from the cache; says what was left out and why. Raises ValueError if nothing
     is left."""
-    select = functools.partial(data.usable_pair, pairs=objective.pairs)
-    select = select if objective.pairs else data.usable_feedback
+    select = data.usable_feedback
+    if objective.pairs:
+        select = functools.partial(data.usable_pair, pairs=objective.pairs)
     encoder = data.encode_rendered if objective.scores else data.encode
     limits = (args.max_length, args.max_prompt_length)
     found = store.load(source, split, select, encoder, tokenizer, template, *limits, args.token_cache, say)

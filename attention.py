@@ -17,7 +17,6 @@ is registered under NAME: any architecture that uses its attention interface wor
 Left out: attention sinks, bidirectional and cross attention (refused), generation with a cache (use "sdpa").
 """
 
-import contextlib
 from itertools import accumulate
 from typing import Any, Iterator, NamedTuple, Sequence
 
@@ -25,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
+
+import precision
 
 NAME = "packed"
 TILE_ROWS = 256  # queries of a tile: a larger one wastes more products on what causality hides
@@ -142,7 +143,7 @@ class _Segments(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.rest = layout, scaling, window, cap
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # (T, H, E)
-        with _bf16_units(query.dtype):
+        with precision.bf16_units(query.dtype):
             for tile in _tiles(layout, query.shape[1], window):
                 q, k, v = _operands(query, key, value, tile)
                 p, _ = _probabilities(q, k, tile, scaling, cap)  # (Hkv, G n, m)
@@ -162,7 +163,7 @@ class _Segments(torch.autograd.Function):
             states.new_zeros(states.shape[2], states.shape[1], states.shape[3], dtype=wide).transpose(0, 1)
             for states in (key, value)
         )
-        with _bf16_units(query.dtype):
+        with precision.bf16_units(query.dtype):
             for tile in _tiles(layout, query.shape[1], window):
                 q, k, v = _operands(query, key, value, tile)
                 p, slope = _probabilities(q, k, tile, scaling, cap)  # (Hkv, G n, m)
@@ -227,18 +228,6 @@ def _add(total: Tensor, tile: _Tile, part: Tensor) -> None:
     shared = tile.before.stop - tile.before.start
     total[:, tile.before].add_(part[:, :shared])
     total[:, tile.own].add_(part[:, shared:])
-
-
-@contextlib.contextmanager
-def _bf16_units(dtype: torch.dtype) -> Iterator[None]:
-    """For bf16 operands: fp32 products of operands whose values are bf16 are exact at this precision."""
-    before = torch.get_float32_matmul_precision()
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _varlen(

@@ -10,18 +10,17 @@ O(N) numbers; the backward pass recomputes the logits chunk by chunk and uses th
 so nothing of shape (N, V) ever lives, and one backward serves every measure of risk.py.
 
 Logits are fp32 outputs even of bf16 operands: bf16 logits move in steps of 0.125 at 31, which drowns a KL of
-1e-4. CUDA has a kernel for that. On a CPU an fp32 matmul of bf16-valued operands at precision "medium" runs
-on the bf16 units and accumulates and returns fp32; the setting is scoped to that matmul, for it rounds the
-operands of any other.
+1e-4. CUDA has a kernel for that; for a CPU see precision.py.
 
 Left out: sampling, top-k of the logits, anything that would keep a chunk alive.
 """
 
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
+import precision
 import risk as risk_measures
 
 CHUNK_BYTES = 2**25  # of one fp32 block of logits: few enough chunks, and temporaries that are used again
@@ -216,7 +215,8 @@ def _projection(head: Head) -> Callable[[Tensor], Tensor]:
         if weight.is_cuda and weight.dtype != wide:
             logits = torch.mm(hidden, transposed, out_dtype=wide)  # (n, V)
         else:
-            logits = _at_precision(weight.dtype, lambda: torch.mm(hidden.to(wide), transposed))  # (n, V)
+            with precision.bf16_units(weight.dtype):
+                logits = torch.mm(hidden.to(wide), transposed)  # (n, V)
         if bias is not None:
             logits.add_(bias)
         if head.scale != 1.0:
@@ -233,20 +233,8 @@ def _add_outer(total: Tensor, upstream: Tensor, hidden: Tensor) -> None:
     if total.is_cuda and hidden.dtype != total.dtype:
         total.add_(torch.mm(upstream.to(hidden.dtype).t(), hidden, out_dtype=total.dtype))
     else:
-        _at_precision(hidden.dtype, lambda: total.addmm_(upstream.t(), hidden.to(total.dtype)))
-
-
-def _at_precision(dtype: torch.dtype, multiply: Callable[[], Any]) -> Any:
-    """An fp32 product of operands whose values fit `dtype`: exact products, fp32 sums, on the bf16 units for
-    bf16."""
-    if dtype != torch.bfloat16:
-        return multiply()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        return multiply()
-    finally:
-        torch.set_float32_matmul_precision(before)
+        with precision.bf16_units(hidden.dtype):
+            total.addmm_(upstream.t(), hidden.to(total.dtype))
 
 
 def _softcap_slope(logits: Tensor, head: Head) -> Tensor | None:

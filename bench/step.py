@@ -1,6 +1,6 @@
 """Time and memory of one optimiser step, against the matmul lower bound measured in the same run.
 
-    python bench/step.py --model models/smollm2 [--rows dpo tdpo1 cvar] [--steps 8] [--profile] [--out FILE]
+    python bench/step.py --model models/smollm2 [--rows dpo "ra_dpo1, cvar"] [--steps 8] [--profile] [--out FILE]
 
 Drives the real align.py, one process a row of ROWS (so that peak memory is its own), in --rounds turns, row by
 row. The lower bound is the time of the step's matrix multiplications alone, at their shapes, in bf16: body

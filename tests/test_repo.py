@@ -10,15 +10,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"attention", "batch", "checkpoint", "config", "data", "fsdp", "losses", "model", "objective"}
-EVERYTHING |= {"risk", "store", "vocab"}
+EVERYTHING |= {"precision", "risk", "store", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"objective"},
     "align": EVERYTHING,
     "plot": set(),
     "losses": set(),
     "risk": set(),
-    "vocab": {"risk"},
-    "attention": set(),
+    "vocab": {"precision", "risk"},
+    "attention": {"precision"},
+    "precision": set(),
     "data": set(),
     "batch": {"data"},
     "store": {"data"},
