@@ -284,9 +284,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype = getattr(torch, args.dtype)
         policy = model.load(args.model, torch.float32, *options, reward_model=objective.scores)
         reference = None
-        if objective.has_reference:
+        same_weights = objective.has_reference and args.reference in (None, args.model)
+        if same_weights:
+            reference = model.copied(policy, dtype)
+        elif objective.has_reference:
             size = policy.head.weight.shape[0]
-            reference = model.load(args.reference or args.model, dtype, *options, vocabulary=size)
+            reference = model.load(args.reference, dtype, *options, vocabulary=size)
         model.check_vocabulary(tokenizer, policy, reference)
         if args.sync_reference_every:
             model.check_twins(policy, reference)
@@ -323,7 +326,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer.save_pretrained(f"{args.out}/tokenizer")
     size = f"{units.sum()} {objective.batch_unit}"
     say(f"start at step {start} of {total}: {args.loss}, {size}, {world_size} ranks")
-    same_weights = objective.has_reference and args.reference in (None, args.model)
 
     config.write_status(args, rank, "running", start)
     log = functools.partial(config.write_row, args, rank, total)

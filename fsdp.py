@@ -39,9 +39,10 @@ def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.devi
         torch.cuda.set_device(local)
     else:
         _keep_freed_memory()
-        # compiled products kept for shapes seen before, half a megabyte each: no two batches have the same
-        for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's and oneDNN's: 1,024
-            os.environ.setdefault(cache, "128")
+        # Compiled products kept for shapes seen before, half a megabyte each. No two batches share theirs,
+        # but the layers of one do, three a segment: a cache too small for those slows every step down.
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # torch's; 1,024
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # oneDNN's; 1,024
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
@@ -53,10 +54,12 @@ def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.devi
 
 def _keep_freed_memory() -> None:
     """Tell glibc to keep what is freed for the next tensor: given back, every page of it is mapped and zeroed
-    anew by the kernel, at a sixth of the speed of writing it. Another C library is left alone."""
+    anew by the kernel, at a sixth of the speed of writing it. Blocks of over 32 MB, few and mostly of the
+    vocabulary's size, are given back all the same: cut up by others they would not fit the next of their
+    kind. Another C library is left alone."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: glibc takes no higher one
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
         mallopt(-2, 2**26)  # M_TOP_PAD: grow by 64 MB
 

@@ -121,9 +121,12 @@ def load(
     _disable_dropout(lm)
     model = LanguageModel(lm)
     _check_packing(path, model, max_length)
-    for parameter in lm.parameters():  # not lm.to(): rotary frequencies stay fp32, as under FSDP
-        parameter.data = parameter.data.to(dtype)
-    return model
+    return _cast(model, dtype)
+
+
+def copied(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """The same model again, its parameters in `dtype`: what `load` would give, without reading it twice."""
+    return _cast(copy.deepcopy(model), dtype)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
@@ -208,6 +211,12 @@ def checkpoint_activations(model: LanguageModel, which: str) -> None:
     if which == "selective":
         for block in model.blocks[1::2]:
             block.gradient_checkpointing = False
+
+
+def _cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    for parameter in model.parameters():  # not model.to(): rotary frequencies stay fp32, as under FSDP
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _local(path: str) -> dict[str, bool]:

@@ -7,7 +7,8 @@ O(N) numbers; the backward pass recomputes the logits chunk by chunk and uses th
     d logp / d logits = onehot(y) - pi            d risk / d logits = pi sum(q) - q,  q = risk.weights
     d entropy / d logits = -pi (log pi + entropy)
 
-so nothing of shape (N, V) ever lives, and one backward serves every measure of risk.py.
+so nothing of shape (N, V) ever lives, and one backward serves every measure of risk.py. A chunk is what one
+matmul makes, enough positions for it to be efficient; what follows walks it in tiles that fit the cache.
 
 Logits are fp32 outputs even of bf16 operands: bf16 logits move in steps of 0.125 at 31, which drowns a KL of
 1e-4. CUDA has a kernel for that; for a CPU see precision.py.
@@ -15,7 +16,7 @@ Logits are fp32 outputs even of bf16 operands: bf16 logits move in steps of 0.12
 Left out: sampling, top-k of the logits, anything that would keep a chunk alive.
 """
 
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from torch import Tensor
 import precision
 import risk as risk_measures
 
-CHUNK_BYTES = 2**25  # of one fp32 block of logits: few enough chunks, and temporaries that are used again
+# Of one fp32 block of logits: a matmul of few rows spends its time on reading the weights.
+CHUNK_BYTES = 2**26
+TILE_BYTES = 2**22  # of the rows of a block that everything else is done on: what a CPU's cache holds
 
 
 class Head(NamedTuple):
@@ -73,7 +76,7 @@ def token_statistics(
         raise ValueError(
             f"a gradient through {through} needs a reference" + ", a measure" * (through == "risk")
         )
-    chunk_size = chunk_size or max(16, CHUNK_BYTES // (4 * head.weight.shape[0]))
+    chunk_size = min(chunk_size or max(16, CHUNK_BYTES // (4 * len(head.weight))), len(targets))
     return Tokens(
         *_TokenStatistics.apply(
             hidden, head.weight, head.bias, head, targets, reference, measure, through, entropy, chunk_size
@@ -87,8 +90,9 @@ class _TokenStatistics(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, head, targets, reference, measure, through, entropy, chunk_size):
         ctx.set_materialize_grads(False)
         head = Head(weight, bias, head.softcap, head.scale)
-        project = _projection(head)
-        project_reference = _projection(reference[1]) if reference else None
+        ref_hidden, ref_head = reference or (None, None)
+        project = _projection(head, chunk_size)
+        project_reference = _projection(ref_head, chunk_size) if reference else None
         # What outlives a chunk is allocated before the first: small tensors born between large ones would
         # cut the freed large ones into pieces, and the process would grow with every chunk.
         positions, wide = len(targets), torch.promote_types(weight.dtype, torch.float32)
@@ -96,36 +100,40 @@ class _TokenStatistics(torch.autograd.Function):
         logps, ref_logps, kl, drift, entropies = made  # (N,) each
         lses, ref_lses = (hidden.new_empty(positions, 1, dtype=wide) for _ in range(2))  # (N, 1) each
         states = None  # (N, k), of the size that the measure says
-        for rows in _chunks(positions, chunk_size):
-            target = targets[rows, None]  # (n, 1)
-            logits = project(hidden[rows])  # (n, V)
-            lse = lses[rows] = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-            logps[rows] = (logits.gather(-1, target) - lse).squeeze(-1)  # (n,)
-            if entropy:
-                log_probability = logits - lse  # (n, V)
-                entropies[rows] = -(log_probability.exp() * log_probability).sum(-1)  # (n,)
-            if reference is None:
-                continue
-            ref_logits = project_reference(reference[0][rows])  # (n, V)
-            ref_lse = ref_lses[rows] = ref_logits.logsumexp(-1, keepdim=True)  # (n, 1)
-            ref_logps[rows] = (ref_logits.gather(-1, target) - ref_lse).squeeze(-1)  # (n,)
-            cost, probability = _cost_and_probability(logits, lse, ref_logits, ref_lse)  # (n, V) each
-            kl[rows] = risk_measures.kl(cost, probability).value  # (n,)
-            if measure is not None:
-                result = measure(cost, probability, None)
-                drift[rows] = result.value  # (n,)
-                if states is None and result.state is not None:
-                    states = result.state.new_empty(positions, result.state.shape[-1])
-                if states is not None:
-                    states[rows] = result.state  # (n, k)
-        ctx.save_for_backward(hidden, weight, bias, targets, lses, reference and reference[0], entropies)
+        for chunk in _chunks(positions, chunk_size):
+            products = project(hidden[chunk])  # (c, V)
+            ref_products = project_reference(ref_hidden[chunk]) if reference else None  # (c, V)
+            for rows, part in _tiles(chunk, products):
+                target = targets[rows, None]  # (n, 1)
+                logits = _logits(products[part], head)  # (n, V)
+                lse = lses[rows] = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+                logps[rows] = (logits.gather(-1, target) - lse).squeeze(-1)  # (n,)
+                if entropy:
+                    log_probability = logits - lse  # (n, V)
+                    entropies[rows] = -(log_probability.exp() * log_probability).sum(-1)  # (n,)
+                if reference is None:
+                    continue
+                ref_logits = _logits(ref_products[part], ref_head)  # (n, V)
+                ref_lse = ref_lses[rows] = ref_logits.logsumexp(-1, keepdim=True)  # (n, 1)
+                ref_logps[rows] = (ref_logits.gather(-1, target) - ref_lse).squeeze(-1)  # (n,)
+                cost, probability = _cost_and_probability(logits, lse, ref_logits, ref_lse)  # (n, V) each
+                kl[rows] = risk_measures.kl(cost, probability).value  # (n,)
+                if measure is not None:
+                    result = measure(cost, probability, None)
+                    drift[rows] = result.value  # (n,)
+                    if states is None and result.state is not None:
+                        states = result.state.new_empty(positions, result.state.shape[-1])
+                    if states is not None:
+                        states[rows] = result.state  # (n, k)
+        ctx.save_for_backward(hidden, weight, bias, targets, lses, ref_hidden, entropies)
         ctx.head = head._replace(weight=None, bias=None)
-        ctx.reference_head = reference[1] if reference else None
+        ctx.reference_head = ref_head
         ctx.ref_lses = ref_lses
         ctx.states = states
         ctx.measure = risk_measures.kl if through == "kl" else measure
         ctx.drift = {None: None, "kl": 2, "risk": 3}[through]
         ctx.chunk_size = chunk_size
+        ctx.projections = project, project_reference if ctx.drift else None
         found = [logps, *([ref_logps, kl] if reference else [None] * 2), drift if measure else None]
         found = [*found, entropies if entropy else None]
         constant = [found[1]] + [found[k] for k in (2, 3) if k != ctx.drift]
@@ -141,56 +149,59 @@ class _TokenStatistics(torch.autograd.Function):
         entropy_gradient = gradients[4]  # (N,) d loss / d entropy, or None
         drifts = drift_gradient is not None
         head = ctx.head._replace(weight=weight, bias=bias)
-        project = _projection(head)
-        project_reference = _projection(ctx.reference_head) if drifts else None
+        # those of the forward pass, so that what they keep is made once, and kept no longer than needed
+        project, project_reference = ctx.projections or (
+            _projection(head, ctx.chunk_size),
+            _projection(ctx.reference_head, ctx.chunk_size) if drifts else None,
+        )
+        ctx.projections = None
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = lses.dtype
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None  # (N, D)
-        grad_weight = (
-            torch.zeros_like(weight, dtype=wide) if wants_weight else None
-        )  # (V, D) one fp32 accumulator
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None  # (V, D) one accumulator
         grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None  # (V,)
-        for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-            logits = project(hidden[rows])  # (n, V)
-            lse = lses[rows]  # (n, 1)
-            if drifts:
-                ref_logits = project_reference(ref_hidden[rows])  # (n, V)
-                cost, probability = _cost_and_probability(logits, lse, ref_logits, ctx.ref_lses[rows])
-                state = ctx.states[rows] if ctx.states is not None and ctx.drift == 3 else None
-                weights = ctx.measure(cost, probability, state).weights  # (n, V)
-                # the policy's probability gets -g from logps and g sum(q) from the drift: one multiply for
-                # both
-                scale = (
-                    drift_gradient[rows, None] * weights.sum(-1, keepdim=True) - gradient[rows, None]
-                )  # (n, 1)
-            else:
+        for chunk in _chunks(len(hidden), ctx.chunk_size):
+            upstream = project(
+                hidden[chunk]
+            )  # (c, V) logits; d loss / d logits, tile by tile, in their place
+            ref_products = project_reference(ref_hidden[chunk]) if drifts else None  # (c, V)
+            for rows, part in _tiles(chunk, upstream):
+                logits = _logits(upstream[part], head)  # (n, V)
+                lse = lses[rows]  # (n, 1)
                 scale = -gradient[rows, None]  # (n, 1)
-            slope = _softcap_slope(logits, head)  # (n, V) or None, before the logits are overwritten
-            logits.sub_(lse)
-            if entropy_gradient is not None:  # dH / dz = -pi (log pi + H)
-                scale = scale - entropy_gradient[rows, None] * (logits + entropies[rows, None])  # (n, V)
-            upstream = logits.exp_().mul_(scale)  # (n, V) d loss / d logits, built in place
-            if drifts:
-                upstream.sub_(weights.mul_(drift_gradient[rows, None]))
-            upstream.scatter_add_(-1, targets[rows, None], gradient[rows, None])
-            if slope is not None:
-                upstream.mul_(slope)
-            if head.scale != 1.0:
-                upstream.mul_(head.scale)
+                if drifts:
+                    ref_logits = _logits(ref_products[part], ctx.reference_head)  # (n, V)
+                    cost, probability = _cost_and_probability(logits, lse, ref_logits, ctx.ref_lses[rows])
+                    state = ctx.states[rows] if ctx.states is not None and ctx.drift == 3 else None
+                    weights = ctx.measure(cost, probability, state).weights  # (n, V)
+                    # the policy's probability gets -g from logps and g sum(q) from the drift: one multiply
+                    scale = scale + drift_gradient[rows, None] * weights.sum(-1, keepdim=True)  # (n, 1)
+                slope = _softcap_slope(logits, head)  # (n, V) or None, before the logits are overwritten
+                logits.sub_(lse)
+                if entropy_gradient is not None:  # dH / dz = -pi (log pi + H)
+                    scale = scale - entropy_gradient[rows, None] * (logits + entropies[rows, None])  # (n, V)
+                logits.exp_().mul_(scale)
+                if drifts:
+                    logits.sub_(weights.mul_(drift_gradient[rows, None]))
+                logits.scatter_add_(-1, targets[rows, None], gradient[rows, None])
+                if slope is not None:
+                    logits.mul_(slope)
+                if head.scale != 1.0:
+                    logits.mul_(head.scale)
             if wants_hidden:
-                grad_hidden[rows] = upstream.to(weight.dtype) @ weight  # (n, D)
+                grad_hidden[chunk] = upstream.to(weight.dtype) @ weight  # (n, D)
             if wants_weight:
-                _add_outer(grad_weight, upstream, hidden[rows])
+                _add_outer(grad_weight, upstream, hidden[chunk])
             if wants_bias:
                 grad_bias.add_(upstream.sum(0))
-        project = project_reference = None  # their fp32 copies of the weights, before the next copy is made
+        project = project_reference = None  # before the gradient's copy is made
         grad_weight = grad_weight.to(weight.dtype) if wants_weight else None
         grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
 def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, total, size)]
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def _cost_and_probability(
@@ -204,28 +215,40 @@ def _cost_and_probability(
     return cost, ref_logits.sub_(ref_lse).exp_()
 
 
-def _projection(head: Head) -> Callable[[Tensor], Tensor]:
-    """The head as a function (n, D) -> (n, V) of wide logits; what a chunk does not change is made once."""
+def _tiles(chunk: slice, products: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of the whole, and of a chunk's `products` (c, V), that fit into a CPU's cache; a GPU takes all."""
+    size = max(1, TILE_BYTES // products[0].nbytes) if not products.is_cuda else len(products)
+    for part in _chunks(len(products), size):
+        yield slice(chunk.start + part.start, chunk.start + part.stop), part
+
+
+def _projection(head: Head, chunk_size: int) -> Callable[[Tensor], Tensor]:
+    """h (c, D) -> h W^T (c, V) in wide numbers. What a chunk does not change is made once and lives as long
+    as the function, the memory of the result too: the next call overwrites it."""
     weight = head.weight.detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
     transposed = weight.t() if weight.is_cuda else weight.to(wide).t()  # (D, V)
-    bias = None if head.bias is None else head.bias.detach().to(wide)  # (V,)
+    room = weight.new_empty(chunk_size, len(weight), dtype=wide)
 
     def project(hidden: Tensor) -> Tensor:
+        products = room[: len(hidden)]  # (c, V)
         if weight.is_cuda and weight.dtype != wide:
-            logits = torch.mm(hidden, transposed, out_dtype=wide)  # (n, V)
-        else:
-            with precision.bf16_units(weight.dtype):
-                logits = torch.mm(hidden.to(wide), transposed)  # (n, V)
-        if bias is not None:
-            logits.add_(bias)
-        if head.scale != 1.0:
-            logits.mul_(head.scale)
-        if head.softcap:
-            logits.div_(head.softcap).tanh_().mul_(head.softcap)
-        return logits
+            return torch.mm(hidden, transposed, out_dtype=wide, out=products)
+        with precision.bf16_units(weight.dtype):
+            return torch.mm(hidden.to(wide), transposed, out=products)
 
     return project
+
+
+def _logits(products: Tensor, head: Head) -> Tensor:
+    """Bias, scale and soft-cap, in place: (n, V)."""
+    if head.bias is not None:
+        products.add_(head.bias.detach())
+    if head.scale != 1.0:
+        products.mul_(head.scale)
+    if head.softcap:
+        products.div_(head.softcap).tanh_().mul_(head.softcap)
+    return products
 
 
 def _add_outer(total: Tensor, upstream: Tensor, hidden: Tensor) -> None:

@@ -38,7 +38,7 @@ import risk  # noqa: E402
 import vocab  # noqa: E402
 
 NOISE = 0.02
-REPEATS = 5
+REPEATS = 3
 LEVEL = 0.97
 MEASURES = {
     "logp": None,

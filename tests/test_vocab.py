@@ -113,12 +113,15 @@ def test_frozen_head_gets_no_gradient_and_no_reference_means_none():
     assert hidden.grad is not None and weight.grad is None and bias.grad is None
 
 
+@pytest.mark.parametrize("tile", [1, 3, 8])
 @pytest.mark.parametrize("chunk", range(1, 9))
-def test_chunk_size_changes_nothing(chunk):
+def test_chunk_and_tile_change_nothing(chunk, tile, monkeypatch):
+    """Red when a tile that ends a chunk reaches into the next."""
     hidden, weight, bias, ref, targets = case(n=8, dtype=torch.float64)
     head = vocab.Head(weight, bias)
     results = []
-    for size in (chunk, 8):
+    for size, rows in ((chunk, tile), (8, 8)):
+        monkeypatch.setattr(vocab, "TILE_BYTES", rows * weight.shape[0] * weight.element_size())
         out = vocab.token_statistics(hidden, head, targets, ref, MEASURES["cvar"], "risk", size)
         grads = torch.autograd.grad(
             (out.logps * out.risk.detach()).sum() + out.risk.sum(), (hidden, weight, bias)
@@ -126,6 +129,17 @@ def test_chunk_size_changes_nothing(chunk):
         results.append([*out, *grads])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("through", [None, "risk"])
+def test_a_second_backward_pass_gives_the_same_gradients(through):
+    """Red when what the first pass has freed is not made again."""
+    hidden, weight, bias, ref, targets = case()
+    out = vocab.token_statistics(hidden, vocab.Head(weight, bias), targets, ref, MEASURES["cvar"], through, 3)
+    total = out.logps.sum() + (out.risk.sum() if through else 0.0)
+    leaves = (hidden, weight, bias)
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    assert all(torch.equal(one, other) for one, other in zip(first, torch.autograd.grad(total, leaves)))
 
 
 @pytest.mark.parametrize("name", ["kl", "cvar", "erm", "published"])
