@@ -70,7 +70,7 @@ bench() {
     .venv/bin/python bench/exact.py --model "$model" | tee "$out/exact.md"
     run head --model "$model"
     run scaling --figure "$out/memory.png"
-    run rows --model "$model" --rows 2000 20000
+    run rows --model "$model" --rows 2000 10000
     run step --model "$model" --warmup 1 --profile --rows dpo tdpo1 "ra_dpo1, cvar" "ra_dpo1, erm" "dpo, 2 processes"
     run vs_published --model "$model" --warmup 1
     run vs_trl --model "$model" --warmup 1

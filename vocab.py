@@ -2,7 +2,8 @@
 
 `token_statistics` turns the hidden states of N trained tokens into log pi(y|s) and, where a reference is
 given, into log pi_ref(y|s), the KL and a risk measure of each next-token distribution. The forward pass keeps
-O(N) numbers; the backward pass recomputes the logits chunk by chunk and uses the closed form
+O(N) numbers and, until its backward, the weights' fp32 copy and the room for a chunk; the backward pass
+recomputes the logits chunk by chunk and uses the closed form
 
     d logp / d logits = onehot(y) - pi            d risk / d logits = pi sum(q) - q,  q = risk.weights
     d entropy / d logits = -pi (log pi + entropy)
@@ -13,7 +14,7 @@ matmul makes, enough positions for it to be efficient; what follows walks it in 
 Logits are fp32 outputs even of bf16 operands: bf16 logits move in steps of 0.125 at 31, which drowns a KL of
 1e-4. CUDA has a kernel for that; for a CPU see precision.py.
 
-Left out: sampling, top-k of the logits, anything that would keep a chunk alive.
+Left out: sampling, top-k of the logits, anything that would keep the logits of more than a chunk.
 """
 
 from typing import Callable, Iterator, NamedTuple
@@ -76,7 +77,8 @@ def token_statistics(
         raise ValueError(
             f"a gradient through {through} needs a reference" + ", a measure" * (through == "risk")
         )
-    chunk_size = min(chunk_size or max(16, CHUNK_BYTES // (4 * len(head.weight))), len(targets))
+    chunk_size = chunk_size or max(16, CHUNK_BYTES // (4 * len(head.weight)))
+    chunk_size = max(1, min(chunk_size, len(targets)))
     return Tokens(
         *_TokenStatistics.apply(
             hidden, head.weight, head.bias, head, targets, reference, measure, through, entropy, chunk_size
@@ -189,7 +191,7 @@ class _TokenStatistics(torch.autograd.Function):
                 if head.scale != 1.0:
                     logits.mul_(head.scale)
             if wants_hidden:
-                grad_hidden[chunk] = upstream.to(weight.dtype) @ weight  # (n, D)
+                grad_hidden[chunk] = upstream.to(weight.dtype) @ weight  # (c, D)
             if wants_weight:
                 _add_outer(grad_weight, upstream, hidden[chunk])
             if wants_bias:

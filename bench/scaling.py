@@ -27,7 +27,7 @@ import vocab  # noqa: E402
 
 WIDTH = 256
 VOCABULARIES = (8192, 32768, 65536, 131072, 262144)
-LENGTHS = (512, 2048, 8192)
+LENGTHS = (512, 8192)
 PAIRS = 3  # a step, in the vocabulary's table; a pair of length L is a prompt and two answers of L / 2 each
 TOKENS = 12288  # a step, in the length's table
 # What has V x D numbers at the moment of the peak, the head's backward, and the bytes of each number. The

@@ -139,7 +139,22 @@ def test_a_second_backward_pass_gives_the_same_gradients(through):
     total = out.logps.sum() + (out.risk.sum() if through else 0.0)
     leaves = (hidden, weight, bias)
     first = torch.autograd.grad(total, leaves, retain_graph=True)
+    assert out.logps.grad_fn.projections is None  # copies of the weights end with the backward pass
     assert all(torch.equal(one, other) for one, other in zip(first, torch.autograd.grad(total, leaves)))
+
+
+def test_no_positions_at_all():
+    """A mismatched answer of one token to an empty prompt has none to train."""
+    hidden, weight, bias, ref, _ = case(n=2)
+    empty = hidden[:0]
+    nothing = torch.zeros(0, dtype=torch.long)
+    reference = (ref[0][:0], ref[1])
+    out = vocab.token_statistics(
+        empty, vocab.Head(weight, bias), nothing, reference, MEASURES["cvar"], "risk"
+    )
+    assert [len(series) for series in out[:4]] == [0, 0, 0, 0]
+    (out.logps.sum() + out.risk.sum()).backward()
+    assert not weight.grad.any() and not bias.grad.any()
 
 
 @pytest.mark.parametrize("name", ["kl", "cvar", "erm", "published"])
