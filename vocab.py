@@ -163,9 +163,7 @@ class _TokenStatistics(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None  # (V, D) one accumulator
         grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None  # (V,)
         for chunk in _chunks(len(hidden), ctx.chunk_size):
-            upstream = project(
-                hidden[chunk]
-            )  # (c, V) logits; d loss / d logits, tile by tile, in their place
+            upstream = project(hidden[chunk])  # (c, V) products, overwritten by d loss / d products
             ref_products = project_reference(ref_hidden[chunk]) if drifts else None  # (c, V)
             for rows, part in _tiles(chunk, upstream):
                 logits = _logits(upstream[part], head)  # (n, V)

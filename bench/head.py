@@ -5,10 +5,10 @@
 Operands are real: the hidden states of the trained tokens of HH pairs, in bf16; the policy's are the
 reference's plus noise of NOISE of their spread, for a drift like that of training. "whole" is the usual code,
 every step of which has an (N, V) tensor: with logits rounded to bf16, as a bf16 model has them, or with fp32
-logits like ours. One process a row, with freed memory kept, that of whole logits too; medians of REPEATS. Extra memory is the peak
-resident set less what was resident before the first pass. Errors are against fp64 on the same operands: logp the mean
-absolute error in nats, drifts the relative error of their mean over the tokens. Prints a Markdown table and
-one JSON line.
+logits like ours. One process a row, with freed memory kept, that of whole logits too; medians of REPEATS.
+Extra memory is the peak resident set less what was resident before the first pass. Errors are against fp64 on
+the same operands: logp the mean absolute error in nats, drifts the relative error of their mean over the
+tokens. Prints a Markdown table and one JSON line.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -5,8 +5,8 @@
 Drives the real align.py, one process a row of ROWS (so that peak memory is its own), in --rounds turns, row by
 row. The lower bound is the time of the step's matrix multiplications alone, at their shapes, in bf16: body
 forward of the reference and of the policy, again where activations are checkpointed, backward (twice a
-forward), and the head: logits of both, of the policy again, two products of the backward. With --profile one
-more step of the first row is run under torch's profiler. Prints Markdown tables and one JSON line.
+forward), and the head: logits of both, of the policy again, two products of the backward. With --profile the
+first row runs once more, its step PROFILED under torch's profiler. Prints Markdown tables and one JSON line.
 """
 
 import argparse
