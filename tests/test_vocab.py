@@ -218,7 +218,8 @@ def test_same_weights_give_exact_zeros():
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_no_vocabulary_axis_outlives_a_chunk(mode):
-    """What save_for_backward keeps, and every tensor an operation makes, is smaller than two chunks of logits."""
+    """What save_for_backward keeps, and every tensor that an operation makes, is smaller than two chunks of
+    logits."""
     n, d, v, chunk = 64, 4, 1000, 4
     hidden, weight, bias, ref, targets = case(n=n, d=d, v=v, dtype=torch.float32)
     largest = 0
