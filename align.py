@@ -25,14 +25,17 @@ from torch import Tensor
 
 import attention
 import batch
+import chat
 import checkpoint
 import config
 import data
+import encode
 import fsdp
 import losses
 import model
 import store
 import vocab
+from arrays import Store
 from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start
 from objective import make_objective, means, resolve, statistics, tally
 
@@ -44,9 +47,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", required=True, help="policy to start from: a directory or a hub name")
     add("--reference", default=None, help="frozen reference model; None: the policy's start")
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
-    add("--data", required=True, help="hh, NAME=DIR, or a .jsonl or .json file")
-    add("--eval-data", default=None, help="held-out rows; None: the test split of a named --data, else none")
-    add("--chat-template", default=None, help="plain, raw or a file; None: the tokenizer's own, else plain")
+    add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half of X")
+    add("--eval-data", default=None, nargs="+", help="held-out rows; None: the test split of a named --data")
+    add("--strict-data", type=config.boolean, default=False, help="stop at a row that cannot be used")
+    add("--chat-template", default=None, help="plain, none, a name or a file; None: the tokenizer's")
     add("--loss", choices=LOSSES, default="dpo")
     add("--risk", choices=RISKS, default=None, help="of the losses that take one; None: cvar for those")
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
@@ -79,22 +83,24 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def load_examples(
-    source: str,
+    sources: Sequence[str],
     split: str,
     tokenizer: Any,
     template: Any,
     objective: Objective,
     args: argparse.Namespace,
     say: Callable,
-) -> store.Store:
+) -> Store:
     """Read and encode, or take from the cache; says what was left out and why. Raises ValueError if nothing
     is left."""
-    select = data.usable_feedback
+    select = encode.usable_feedback
     if objective.pairs:
-        select = functools.partial(data.usable_pair, pairs=objective.pairs)
-    encoder = data.encode_rendered if objective.scores else data.encode
-    limits = (args.max_length, args.max_prompt_length)
-    found = store.load(source, split, select, encoder, tokenizer, template, *limits, args.token_cache, say)
+        select = functools.partial(encode.usable_pair, pairs=objective.pairs)
+    encoder = encode.encode_rendered if objective.scores else encode.encode
+    how = store.Encoding(select, encoder, tokenizer, args.max_length, args.max_prompt_length, template)
+    options = {"cache": args.token_cache, "strict": args.strict_data, "seed": args.seed}
+    found = store.load(sources, split, how, say=say, **options)
+    source = " ".join(sources)
     if objective.mismatches:
         try:
             batch.partners(found.arrays.prompts, range(len(found)))  # refused now if it cannot be done later
@@ -201,7 +207,7 @@ def freeze(
 
 def make_packs(
     objective: Objective,
-    examples: Sequence[data.Encoded],
+    examples: Sequence[encode.Encoded],
     works: list[batch.Work],
     partners: np.ndarray | None,
     args: argparse.Namespace,
@@ -224,7 +230,7 @@ def evaluate(
     objective: Objective,
     policy: model.LanguageModel,
     reference: model.LanguageModel | None,
-    examples: list[data.Encoded],
+    examples: list[encode.Encoded],
     delta: Tensor,
     args: argparse.Namespace,
     device: torch.device,
@@ -270,16 +276,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
         tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
-        template = data.chat_template(tokenizer, args.chat_template)
-        say(f"chat template: {template[0]}")
+        template = chat.chat_template(tokenizer, args.chat_template)
+        say(f"chat template: {template.name}")
         train = load_examples(args.data, "train", tokenizer, template, objective, args, say)
         if objective.thin is not None:
             train = train.only(functools.partial(objective.thin, seed=args.seed))
-        held_out = data.held_out_source(args.data, args.eval_data)
+        held_out = data.held_out(args.data, args.eval_data)
         evaluated = []
         if held_out:
             evaluated = load_examples(held_out, "test", tokenizer, template, objective, args, say)
-        evaluated = data.subset(evaluated, args.eval_examples)
+        evaluated = encode.subset(evaluated, args.eval_examples)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(args.model, torch.float32, *options, reward_model=objective.scores)
@@ -296,9 +302,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if objective.advantages is not None:
             model.add_value_head(policy, args.model, args.seed)
         if objective.scores:
-            tokenizer.pad_token_id = data.padding_id(tokenizer)
+            tokenizer.pad_token_id = chat.padding_id(tokenizer)
             model.add_score(policy, args.model, tokenizer.pad_token_id)
-    tokenizer.chat_template = template[1] or tokenizer.chat_template  # what was trained with goes along
+    tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
+    model.stop_at(policy, encode.stop_ids(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
     if reference is not None:
@@ -316,14 +323,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     units = np.fromiter(map(objective.batch_units, train.scores), int)  # (n,)
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
+    made = vars(args) | {"data_digest": train.digest}
     with config.user_errors():
         start = checkpoint.resume(
-            args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device, extra
+            args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, extra
         )
     lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if rank == 0:
         config.rewind_log(args.out, start)
         tokenizer.save_pretrained(f"{args.out}/tokenizer")
+        policy.lm.generation_config.to_json_file(f"{args.out}/tokenizer/generation_config.json")
     size = f"{units.sum()} {objective.batch_unit}"
     say(f"start at step {start} of {total}: {args.loss}, {size}, {world_size} ranks")
 
@@ -346,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = evaluate(objective, policy, reference, evaluated, delta, args, device)
             log(row | {"step": step})
         if args.save_every and step % args.save_every == 0 and step > start:
-            checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last, extra)
+            checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last, extra)
         if args.sync_reference_every and step and step % args.sync_reference_every == 0:
             fsdp.copy_parameters(policy, reference)
 
@@ -396,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": total})
     if total > 0:
         if args.save_every:
-            checkpoint.save(args.out, total, policy, optimizer, vars(args), args.keep_last, extra)
+            checkpoint.save(args.out, total, policy, optimizer, made, args.keep_last, extra)
         checkpoint.export(policy, tokenizer, f"{args.out}/final")
         say(f"wrote {args.out}/final")
     config.write_status(args, rank, "done", total)

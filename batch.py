@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
+import encode
+from encode import Encoded
 
 
 class Pack(NamedTuple):
@@ -49,7 +50,7 @@ class Work(NamedTuple):
     counted: bool  # False for a filler, run with weight 0 so that all ranks meet in every collective
 
 
-def pack(groups: Sequence[data.Encoded], counted: bool = True, pairs: str = "best-worst") -> Pack:
+def pack(groups: Sequence[Encoded], counted: bool = True, pairs: str = "best-worst") -> Pack:
     """Groups end to end in one row, nothing padded. `counted` False makes every weight 0 (a filler)."""
     ids, positions, sizes, predict, targets, response, ends, scores, weights = ([] for _ in range(9))
     labels, members, found, margins = ([] for _ in range(4))
@@ -72,10 +73,10 @@ def pack(groups: Sequence[data.Encoded], counted: bool = True, pairs: str = "bes
             ends.append(len(ids) - 1)
         sizes.append((prompt, [len(completion) for completion in group.completions]))
         scores += group.scores
-        labels += group.labels or data.desirable(group.scores)
+        labels += group.labels or encode.desirable(group.scores)
         members += [number] * len(group.completions)
         weights += [group.weight * counted] * len(group.completions)
-        compared = data.pair_indices(group.scores, pairs)
+        compared = encode.pair_indices(group.scores, pairs)
         found += [(first_response + better, first_response + worse) for better, worse in compared]
         margins += [group.margin] * len(compared)
     return Pack(
@@ -145,7 +146,7 @@ def partners(prompts: Sequence[int], order: Sequence[int]) -> np.ndarray:
     return found
 
 
-def mismatched(example: data.Encoded, other: data.Encoded, max_length: int) -> data.Encoded:
+def mismatched(example: Encoded, other: Encoded, max_length: int) -> Encoded:
     """An example's prompt with another's completions, as many as its own; cut on the right to max_length."""
     taken = [j % len(other.completions) for j in range(len(example.completions))]
     room = max_length - len(example.prompt)

@@ -146,7 +146,9 @@ def resume(
     record = read_record(path)
     for key in sorted(set(record["args"]) | set(args)):
         made, now = record["args"].get(key), args.get(key)
-        if key not in free and made != now:
+        if key == "data_digest" and key in record["args"] and made != now:
+            raise ValueError(f"{path} was made from other rows than --data has now; choose another --out")
+        if key not in (*free, "data_digest") and made != now:
             flag = f"--{key.replace('_', '-')}"
             raise ValueError(f"{path} was made with {flag} {made}, this run has {flag} {now}")
     state = _state(model, optimizer) | (extra or {})
@@ -324,11 +326,15 @@ def _export_offline(path: Path, out: Path, dtype: torch.dtype) -> None:
     tokenizer = AutoTokenizer.from_pretrained(kept if kept.exists() else source)
     config = AutoConfig.from_pretrained(source)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with contextlib.suppress(OSError):  # a model need not have one
-        lm.generation_config = GenerationConfig.from_pretrained(source)
+    for place in (source, kept):  # a model need not have one; the run's own knows where training ended turns
+        with contextlib.suppress(OSError):
+            lm.generation_config = GenerationConfig.from_pretrained(place)
     embedding = lm.get_input_embeddings().weight
     name = next(name for name, parameter in lm.named_parameters() if parameter is embedding)
     config.get_text_config().vocab_size = shapes[f"lm.{name}"][0]  # it may have grown
+    head = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
+    if f"lm.{head}.weight" in shapes:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     state = {name: torch.empty(shape) for name, shape in shapes.items()}
     _read(path, {"model": state}, no_dist=True)
     if "lm.score.weight" in state:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import batch
 import config
-import data
+import encode
 import fsdp
 import losses
 import risk
@@ -43,7 +43,7 @@ def rewards_of(pack: batch.Pack, *, rewards: str = "labels") -> Tensor:
 
 # What is not a loss but has flags of its own, and for which losses.
 HELPERS = {
-    "pair losses": data.usable_pair,
+    "pair losses": encode.usable_pair,
     "any other pair loss": losses.with_sft,
     "unary losses": batch.thin,
     "losses with advantages": losses.advantages,
@@ -98,7 +98,7 @@ def chosen(args: argparse.Namespace) -> list[Callable]:
     critic = any(name in CRITIC for name in needs)
     asked = {
         RISKS.get(args.risk): args.risk,
-        data.usable_pair: pairs,
+        encode.usable_pair: pairs,
         losses.with_sft: pairs and not own_sft,
         batch.thin: not pairs,
         losses.advantages: critic,
@@ -206,9 +206,9 @@ class Objective(NamedTuple):
 
     def batch_units(self, scores: Sequence[float]) -> int:
         """How many of them an example with completions of these scores has."""
-        return len(data.pair_indices(scores, self.pairs)) if self.pairs else len(scores)
+        return len(encode.pair_indices(scores, self.pairs)) if self.pairs else len(scores)
 
-    def units(self, example: data.Encoded) -> int:
+    def units(self, example: encode.Encoded) -> int:
         """How many losses an example has."""
         return example.trained_tokens if self.unit == "tokens" else self.batch_units(example.scores)
 
@@ -227,10 +227,10 @@ def make_objective(args: argparse.Namespace) -> Objective:
     needs = config.positional(functions[0])
     through = next((name for name in ("risk", "kl") if name in needs), None)
     helpers = (losses.with_sft, losses.humanline, losses.advantages, rewards_of, batch.thin)
-    pairs = settings.get(data.usable_pair, {}).get("pairs")
+    pairs = settings.get(encode.usable_pair, {}).get("pairs")
     measure = bound[RISKS[args.risk]] if args.risk else None
     objective = Objective(bound[functions[0]], needs, "", pairs, measure, through, *map(bound.get, helpers))
-    example = data.Encoded(
+    example = encode.Encoded(
         [1], [[2, 3, 4], [5, 6]], [[True] * 3, [True] * 2], [1.0, 0.0], labels=[True, False]
     )
     if objective.thin is not None:

@@ -1,0 +1,249 @@
+"""Files of rows: JSON in any arrangement, tables, Parquet; plain or compressed; read a row at a time.
+
+    rows       (where, row) of a file, where "file:line" or "file[index]"
+    suffix     what says which kind of file it is
+
+JSON may be lines, indented objects one after another, one list, or one object that holds the list ({"data":
+[...]}, {"train": [...], "test": [...]}), whatever the file is called. Bytes are UTF-8, with a byte order mark
+or without.
+
+A fault of a file is a ValueError that reads "file:line: what is wrong". Neither a file that unpacks to a
+thousand times its size nor a row without an end is held: a row has at most MAX_ROW characters.
+"""
+
+import codecs
+import csv
+import gzip
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Iterator
+
+MAX_ROW = 2**24  # characters
+CHUNK = 2**20  # bytes read at a time
+JSON = (".jsonl", ".ndjson", ".json")
+TABLES = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (*JSON, *TABLES, ".parquet")
+PACKED = (".gz", ".zst")
+SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
+WRAPPERS = ("data", "rows", "examples", "instances")  # what a file's one object may call its list
+SPACE = re.compile(r"\s*")
+DECODER = json.JSONDecoder()
+
+
+def suffix(path: Path) -> str:
+    """The suffix that says what is in a file, in lower case, without that of its compression."""
+    found = [part.lower() for part in path.suffixes]
+    return next((part for part in reversed(found) if part not in PACKED), "")
+
+
+def rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of every row of a file; of an object that holds several lists, those of the split. Raises
+    ValueError for a file that cannot be read to its end."""
+    kind = suffix(path)
+    if kind not in SUFFIXES:
+        raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)} (with .gz or .zst)")
+    if kind == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    with _opened(path) as file:
+        if kind in JSON:
+            yield from _json_rows(path, file, split)
+        else:
+            yield from _table_rows(path, file, TABLES[kind])
+
+
+def _opened(path: Path) -> BinaryIO:
+    packed = path.suffix.lower()
+    if packed == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(str(path), compression="zstd")
+    return gzip.open(path, "rb") if packed == ".gz" else open(path, "rb")
+
+
+def _text(path: Path, file: BinaryIO) -> Iterator[str]:
+    """The text of a file in pieces, without a byte order mark. Raises ValueError at file:line for bytes that
+    are not UTF-8, or for an archive that is damaged."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line = 1
+    block = b"\n"
+    while block:
+        try:
+            block = file.read(CHUNK)
+            piece = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            before, byte = error.object[: error.start], error.object[error.start]
+            line += before.count(b"\n")
+            column = len(before) - before.rfind(b"\n")
+            raise ValueError(
+                f"{path}:{line}: not valid UTF-8 (byte 0x{byte:02x} at column {column})"
+            ) from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: {(str(error) or 'damaged').splitlines()[0]}") from error
+        line += piece.count("\n")
+        yield piece
+
+
+# ---- tables
+# --------------------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    index = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for some in file.iter_batches(batch_size=64):
+                for row in some.to_pylist():
+                    yield f"{path}[{index}]", row
+                    index += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _table_rows(path: Path, file: BinaryIO, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a table with a header; an empty cell is null."""
+    csv.field_size_limit(MAX_ROW)
+    reader = csv.DictReader(_lines(path, _text(path, file)), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row:
+                raise ValueError(f"{where}: more cells than the header has names")
+            yield where, {key: value or None for key, value in row.items()}
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: {error}") from error
+
+
+def _lines(path: Path, pieces: Iterator[str]) -> Iterator[str]:
+    """Lines with their ends."""
+    rest = ""
+    for piece in pieces:
+        *whole, rest = (rest + piece).split("\n")
+        if len(rest) > MAX_ROW:
+            raise ValueError(f"{path}: a line of more than {MAX_ROW} characters")
+        yield from (f"{line}\n" for line in whole)
+    yield rest
+
+
+# ---- JSON
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _json_rows(path: Path, file: BinaryIO, split: str) -> Iterator[tuple[str, Any]]:
+    """Rows of JSON: values one after another, the items of one list, or of the list in one object."""
+    scan = Scan(path, _text(path, file))
+    if scan.peek() == "[":
+        yield from _items(scan)
+    elif scan.peek() == "{":
+        yield from _first_object(scan, split)
+    while scan.peek():
+        yield f"{path}:{scan.line}", scan.value()
+
+
+def _items(scan: "Scan") -> Iterator[tuple[str, Any]]:
+    scan.take("[")
+    index = 0
+    while scan.peek() != "]":
+        yield f"{scan.path}[{index}]", scan.value()
+        index += 1
+        if scan.peek() != "]":
+            scan.take(",")
+    scan.take("]")
+
+
+def _first_object(scan: "Scan", split: str) -> Iterator[tuple[str, Any]]:
+    """The first object of a file, key by key, for it may wrap a list that is too long to hold: the rows of
+    that list, or the object as a row."""
+    wanted = (*SPLITS.get(split, (split,)), *WRAPPERS)
+    lists = {*wanted, *(name for names in SPLITS.values() for name in names)}
+    line, row, held = scan.line, {}, []
+    scan.take("{")
+    while scan.peek() != "}":
+        key = scan.value()
+        scan.take(":")
+        if isinstance(key, str) and key in lists and scan.peek() == "[":
+            held.append(key)
+            yield from (item for item in _items(scan) if key in wanted)
+        else:
+            row[str(key)] = scan.value()
+        if scan.peek() != "}":
+            scan.take(",")
+    scan.take("}")
+    if not held:
+        yield f"{scan.path}:{line}", row
+    elif not set(held) & set(wanted):
+        raise ValueError(f"{scan.path}: no split {split!r}; it has {', '.join(held)}")
+
+
+@dataclass
+class Scan:
+    """A place in the text of a file, of which no more is held than the value that begins there."""
+
+    path: Path
+    pieces: Iterator[str]
+    text: str = ""
+    at: int = 0
+    line: int = 1
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            self._go(SPACE.match(self.text, self.at).end())
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def take(self, expected: str) -> None:
+        if self.peek() != expected:
+            self._fail(f"expecting {expected!r}", self.at)
+        self._go(self.at + 1)
+
+    def value(self) -> Any:
+        """The value that begins here."""
+        self.peek()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # what is wrong near the end of what was read may be only that it goes on
+                cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated string")
+                if not (cut and self._more()):
+                    self._fail(error.msg, error.pos)
+            except (ValueError, RecursionError) as error:
+                self._fail(str(error).splitlines()[0], self.at)
+            else:
+                if end < len(self.text) or self.text[end - 1] in '}]"' or not self._more():
+                    self._go(end)
+                    return value
+
+    def _go(self, to: int) -> None:
+        self.line += self.text.count("\n", self.at, to)
+        self.at = to
+
+    def _more(self) -> bool:
+        """Read on, as much again as is held, so that a long value is not read over and over."""
+        self.text, self.at = self.text[self.at :], 0
+        if len(self.text) > MAX_ROW:
+            raise ValueError(f"{self.path}:{self.line}: a row of more than {MAX_ROW} characters")
+        wanted = 2 * len(self.text)
+        parts = [self.text]
+        size = len(self.text)
+        for piece in self.pieces:
+            parts.append(piece)
+            size += len(piece)
+            if size > wanted:
+                break
+        grown = size > len(self.text)
+        self.text = "".join(parts)
+        return grown
+
+    def _fail(self, what: str, position: int) -> None:
+        line = self.text.count("\n", self.at, position)
+        place = f"line {self.line + line}, " * bool(line)
+        column = position - self.text.rfind("\n", 0, position)
+        raise ValueError(f"{self.path}:{self.line}: not JSON ({what}, {place}column {column})")
