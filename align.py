@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", required=True, help="policy to start from: a directory or a hub name")
     add("--reference", default=None, help="frozen reference model; None: the policy's start")
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
-    add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half of X")
+    add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half")
     add("--eval-data", default=None, nargs="+", help="held-out rows; None: the test split of a named --data")
     add("--strict-data", type=config.boolean, default=False, help="stop at a row that cannot be used")
     add("--chat-template", default=None, help="plain, none, a name or a file; None: the tokenizer's")

@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     # fmt: off
     add("--model", required=True, help="model to start from: a directory or a hub name")
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
-    add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half of X")
+    add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half")
     add("--eval-data", default=None, nargs="+", help="held-out rows; None: the test split of a named --data")
     add("--strict-data", type=config.boolean, default=False, help="stop at a row that cannot be used")
     add("--method", choices=("sft", "csft"), default="sft", help="csft: all, a control token first")

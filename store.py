@@ -306,9 +306,9 @@ def _complete(place: Path) -> bool:
 
 
 def _open(place: Path) -> tuple[Store, About]:
-    arrays = []
+    mapped = []
     for name, kind in zip(Arrays._fields, TYPES):
         path = place / name  # an empty file cannot be mapped
-        arrays.append(np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind))
+        mapped.append(np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind))
     about = About(**json.loads((place / "about.json").read_text(encoding="utf-8")))
-    return Store(Arrays(*arrays), about.digest), about
+    return Store(Arrays(*mapped), about.digest), about
