@@ -14,6 +14,7 @@ Left out: images; templates that need more than turns, tools and the row's own "
 
 import os
 import re
+from collections import deque
 from itertools import combinations
 from typing import Any, Callable, NamedTuple, Sequence
 
@@ -58,7 +59,12 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    example: Example, tokenizer: Any, max_length: int, max_prompt_length: int, template: Template
+    example: Example,
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    template: Template,
+    opened: tuple[str, list[int]] | None = None,
 ) -> Encoded | str:
     """Token ids of an example, at most max_length for the prompt and one completion together; or the reason
     why it cannot be used.
@@ -66,10 +72,11 @@ def encode(
     The prompt is rendered and tokenised once. Too long a prompt loses its oldest turns (never the system
     turn), then the beginning of its last turn; what the template writes before that turn (BOS, system, role)
     stays. A prompt that ends with an assistant turn is continued. A completion is the text the template adds
-    to the prompt's, its end of turn included, and is cut on the right.
+    to the prompt's, its end of turn included, and is cut on the right. `opened` is the text and the ids of a
+    prompt that is known to fit.
     """
     try:
-        return _encode(example, tokenizer, max_length, max_prompt_length, template)
+        return _encode(example, tokenizer, max_length, max_prompt_length, template, opened)
     except ValueError as error:
         return str(error)
 
@@ -84,13 +91,28 @@ def encode_turns(
     found = encode(example, *limits)
     if found != REWRITES or len(example.completions) > 1:
         return found
-    turns = example.completions[0]
+    turns = [*example.prompt, *example.completions[0]]
+    system, starts = _whole_turns(turns)
+    later = deque(starts)
+    start = 0  # of what still fits: it only moves on, so that a long conversation takes time in proportion
     groups = []
-    for index, turn in enumerate(turns):
-        if turn["role"] == "assistant" and (index == 0 or turns[index - 1]["role"] != "assistant"):
-            history = [*example.prompt, *turns[:index]]
-            one = example._replace(prompt=history, completions=[[turn]])
-            groups.append(encode(one, *limits))
+    for index in range(len(example.prompt), len(turns)):
+        if turns[index]["role"] != "assistant" or (index and turns[index - 1]["role"] == "assistant"):
+            continue
+        while True:
+            one = example._replace(
+                prompt=[*system, *turns[start:index]] if start else turns[:index],
+                completions=[[turns[index]]],
+            )
+            try:
+                opened = _opened(one, tokenizer, max_prompt_length, template)
+            except ValueError as error:
+                groups.append(str(error))
+                break
+            if opened or not later or later[0] >= index:
+                groups.append(encode(one, *limits, opened))
+                break
+            start = later.popleft()
     usable = [group for group in groups if isinstance(group, Encoded)]
     return usable or groups[0]
 
@@ -157,12 +179,18 @@ def encode_rendered(
 
 
 def _encode(
-    example: Example, tokenizer: Any, max_length: int, max_prompt_length: int, template: Template
+    example: Example,
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    template: Template,
+    opened: tuple[str, list[int]] | None,
 ) -> Encoded | str:
     if not example.completions:
         return "it has no answer"
     _refuse_reserved(example, template)
-    prompt_text, prompt = _encode_prompt(example, tokenizer, max_prompt_length, template)
+    opened = opened or _opened(example, tokenizer, max_prompt_length, template)
+    prompt_text, prompt = opened or _cut_prompt(example, tokenizer, max_prompt_length, template)
     if len(prompt) > max_prompt_length:
         return "nothing of the prompt fits"
     budget = max(0, max_length - len(prompt))
@@ -235,33 +263,37 @@ def _first_that_fits(starts: Sequence[int], attempt: Callable[[int], Any]) -> An
     return found
 
 
-def _encode_prompt(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]]:
-    """The prompt's whole text, and its ids cut to at most `limit` (more only if not even the frame fits)."""
-    turns = example.prompt
-    if not turns:
+def _opened(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]] | None:
+    """The text and ids that sampling would start from; None if there are more than `limit`. Raises
+    ValueError."""
+    if not example.prompt:
         return "", [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    text = chat.opening(tokenizer, turns, template, example.rendering)
-    for tool in example.rendering.get("tools", ()):
-        if _name(tool) not in text:
-            raise ValueError("the chat template does not write the tools")
+    text = chat.opening(tokenizer, example.prompt, template, example.rendering)
+    if any(_name(tool) not in text for tool in example.rendering.get("tools", ())):
+        raise ValueError("the chat template does not write the tools")
+    if len(text) > limit * template.longest:
+        return None
+    ids = chat.ids(tokenizer, text)
+    return (text, ids) if len(ids) <= limit else None
+
+
+def _cut_prompt(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]]:
+    """The whole text of a prompt that is too long, and its ids cut to at most `limit` (more only if not even
+    the frame of its last turn fits)."""
+    turns, rendering = example.prompt, example.rendering
+    text = chat.opening(tokenizer, turns, template, rendering)
     system, starts = _whole_turns(turns)
+    starts = starts if len(turns) - 1 in [0, *starts] else [*starts, len(turns) - 1]
 
-    def shortened(start: int) -> list[int] | None:
-        """The prompt from `start`; None if that is too long."""
-        kept = [*system, *turns[start:]]
-        shorter = text if start == 0 else chat.opening(tokenizer, kept, template, example.rendering)
-        ids = chat.ids(tokenizer, shorter) if len(shorter) <= limit * template.longest else None
-        return ids if ids is not None and len(ids) <= limit else None
+    def shortened(start: int) -> tuple[str, list[int]] | None:
+        return _opened(example._replace(prompt=[*system, *turns[start:]]), tokenizer, limit, template)
 
-    starts = [0, *starts] if len(turns) - 1 in [0, *starts] else [0, *starts, len(turns) - 1]
-    ids = _first_that_fits(starts, shortened)
-    if ids is not None:
-        return text, ids
+    found = _first_that_fits(starts, shortened)
+    if found is not None:
+        return text, found[1]
     generation = turns[-1]["role"] != "assistant"
-    kept = [*system, turns[-1]]
-    before, after = chat.around(tokenizer, kept, template, generation, example.rendering)
-    after = after if generation else ""
-    frame = [chat.ids(tokenizer, before), chat.ids_within(tokenizer, after, template)]
+    before, after = chat.around(tokenizer, [*system, turns[-1]], template, generation, rendering)
+    frame = [chat.ids(tokenizer, before), chat.ids_within(tokenizer, after if generation else "", template)]
     room = limit - len(frame[0]) - len(frame[1])
     if room <= 0:
         return text, [0] * (limit + 1)

@@ -26,7 +26,6 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-import arrays
 import chat
 import data
 import encode
