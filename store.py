@@ -31,6 +31,7 @@ import data
 import encode
 import files
 import formats
+import values
 from arrays import TYPES, Arrays, Store, joined
 from chat import Template
 from encode import Encoded
@@ -146,7 +147,8 @@ def _name(source: str, split: str, encoding: Encoding) -> str:
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     chosen = (select.func.__name__, select.keywords) if hasattr(select, "func") else select.__name__
     code = [
-        Path(module.__file__).read_text(encoding="utf-8") for module in (chat, data, encode, files, formats)
+        Path(module.__file__).read_text(encoding="utf-8")
+        for module in (chat, data, encode, files, formats, values)
     ]
     code.append(Path(__file__).read_text(encoding="utf-8"))
     libraries = [version(name) for name in ("transformers", "tokenizers")]
