@@ -57,4 +57,5 @@ def test_the_recipe_takes_only_its_own_flags(extended):
 
 
 def test_the_table_of_methods_is_printed_by_its_script():
-    assert methods.table() in README, "put the output of bench/methods.py into the README"
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert methods.table() in page, "put the output of bench/methods.py into docs/methods.md"
