@@ -1,7 +1,8 @@
 """What the pages say, done: commands parse, recipes train, rows are read, names and links exist.
 
-Pages are README.md, docs/, bench/README.md and examples/README.md. Code stands in indented blocks, and every block is
-of a kind that is tested here: a line of shell, a row, or a recipe. `red:` names a change that turns a test red.
+Pages are README.md, docs/, bench/README.md and examples/README.md. Code stands in indented blocks, and every
+block is of a kind that is tested here: lines of shell, rows, or a recipe. `red:` names a change that turns a
+test red.
 """
 
 import json
@@ -24,7 +25,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import methods  # noqa: E402
 
-PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "bench/README.md", ROOT / "examples/README.md"]
+PATHS = [ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "examples" / "README.md"]
+PATHS += sorted(ROOT.glob("docs/*.md"))
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 README = PAGES["README.md"]
 MODULES = {path.stem for path in ROOT.glob("*.py")}
@@ -52,8 +54,13 @@ def spans(text: str) -> list[str]:
     return [" ".join(span.split()) for part in paragraphs for span in re.findall(r"`([^`]+)`", part)]
 
 
+def section(title: str) -> str:
+    """What stands under a heading of the README."""
+    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
 def programs(text: str) -> list[list[str]]:
-    """The programs of lines of shell, each with its arguments; what a variable or a program would say is 2."""
+    """The programs of lines of shell, each with its arguments; what $variable or $(program) says is 2."""
     found = []
     for line in re.sub(r"\\\n", " ", text).splitlines():
         words = shlex.split(re.sub(r"\$\([^)]*\)|\$\w+", "2", line), comments=True)
@@ -227,25 +234,25 @@ def test_every_other_command_is_known(page, words):
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / path).is_file() for path in words[3:])
     else:
-        assert words[:2] in (["source", ".venv/bin/activate"], ["pip", "install"]), f"{page}: nothing tests this"
+        assert words[:2] in (["source", ".venv/bin/activate"], ["pip", "install"]), f"{page}: not tested"
 
 
 def test_the_table_of_methods_is_printed_by_its_script():
     page = PAGES["docs/methods.md"]
     assert methods.table() in page, "put the output of bench/methods.py into docs/methods.md"
-    names = README.split("\n## Methods\n", 1)[1].split("\n## ", 1)[0]
-    assert set(objective.LOSSES) | set(objective.RISKS) <= {word for span in spans(names) for word in span.split()}
+    words = {word for span in spans(section("Methods")) for word in span.split()}
+    assert set(objective.LOSSES) | set(objective.RISKS) <= words
     assert f"{len(objective.LOSSES)} losses" in README
 
 
 def test_the_readme_takes_five_minutes():
     assert len(README.splitlines()) <= 200
-    table = README.split("\n## Files\n", 1)[1].split("\n## ", 1)[0]
-    assert MODULES <= {span.removesuffix(".py") for span in spans(table)}  # every file has its row
+    assert MODULES <= {span.removesuffix(".py") for span in spans(section("Files"))}  # each has its row
 
 
 def test_what_the_readme_quotes_is_in_the_tables():
-    quoted = re.findall(r"\d+\.\d+", README.split("\nTime and memory on a real model", 1)[1].split("\n\n", 1)[0])
+    sentence = README.split("\nTime and memory on a real model", 1)[1].split("\n\n", 1)[0]
+    quoted = re.findall(r"\d+\.\d+", sentence)
     assert len(quoted) == 4 and all(f"| {number} |" in PAGES["bench/README.md"] for number in quoted)
 
 
