@@ -88,6 +88,7 @@ OTHERS = [command for command in COMMANDS if command[1] not in SCRIPTS]
 # Runs in the copy below: the script's own parser on each command, and nothing after it.
 PARSE = """
 import argparse, contextlib, importlib, io, json, sys
+from pathlib import Path
 sys.path[:0] = [".", "bench", "examples"]
 own = argparse.ArgumentParser.parse_args
 def stop(parser, *given):
@@ -95,16 +96,17 @@ def stop(parser, *given):
     raise StopIteration
 said = []
 for name, argv in json.load(sys.stdin):
-    module, errors = importlib.import_module(name), io.StringIO()
+    errors = io.StringIO()
     sys.argv = [name, *argv]
     with contextlib.redirect_stderr(errors), contextlib.suppress(StopIteration, SystemExit):
+        module = importlib.import_module(Path(name).stem) if Path(name).is_file() else None
         if hasattr(module, "parse_args"):
             module.parse_args(argv)
         elif hasattr(module, "main"):
             argparse.ArgumentParser.parse_args = stop
             module.main()
-        elif argv:
-            print("takes no arguments", file=sys.stderr)
+        elif argv or module is None:
+            print("no such script, or it takes no arguments", file=sys.stderr)
     argparse.ArgumentParser.parse_args = own
     said.append(errors.getvalue())
 print(json.dumps(said))
@@ -208,11 +210,10 @@ def said(extended, trained):  # noqa: ARG001  the run's args.json is the config 
         if words[0] == "torchrun":
             launched = torchrun.parse_args(words[1:])
             script, argv = launched.training_script, launched.training_script_args
-        assert (ROOT / script).is_file(), script
         if script in ("align.py", "sft.py") and argv and argv[0].startswith("-"):
             for flag in ("--model", "--data", "--out"):  # an ellipsis stands for those that are needed
                 argv = argv if flag in argv else [*argv, flag, "x"]
-        jobs.append((script.rpartition("/")[2].removesuffix(".py"), argv))
+        jobs.append((script, argv))
     done = python(extended, ["-c", PARSE], json.dumps(jobs))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
