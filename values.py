@@ -137,6 +137,8 @@ def instruction(instruction: Any, input: Any, history: Any) -> list[Turn]:
             raise ValueError(f'"input" must be a string, got {shown(input)}')
         turns = prompt(f"{instruction}\n{input}" if input and input.strip() else instruction)
     before = []
+    if history is not None and not isinstance(history, list):
+        raise ValueError(f'"history" must be a list of [question, answer], got {shown(history)}')
     for index, pair in enumerate(history or []):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f'"history[{index}]" must be [question, answer], got {shown(pair)}')
