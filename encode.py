@@ -1,4 +1,4 @@
-"""From an Example to token ids: truncation, trained masks, which completions are compared.
+"""From an Example to token ids: truncation and trained masks.
 
     encode             Example -> Encoded (token ids; the prompt once, each completion with its trained mask)
     encode_turns       the same for conversations that are all trained: one group, or one a turn
@@ -15,14 +15,13 @@ Left out: images; templates that need more than turns, tools and the row's own "
 import os
 import re
 from collections import deque
-from itertools import combinations
 from typing import Any, Callable, NamedTuple, Sequence
-
-import torch
 
 import chat
 from chat import Template
-from formats import Example, Turn
+from formats import Example
+from ranking import desirable
+from values import Turn
 
 REWRITES = "the chat template rewrites earlier turns when a turn is added"
 NO_BEGINNING = "the chat template writes the prompt otherwise when an answer follows"
@@ -392,61 +391,3 @@ def stop_ids(examples: Sequence[Encoded], template: Template) -> list[int]:
     some = [examples[index] for index in range(min(len(examples), 256))]
     ends = {ids[-1] for example in some for ids in example.completions}
     return sorted(ends & template.special_ids)
-
-
-# ---- which completions train
-# ------------------------------------------------------------------------------------------------
-
-
-def subset(examples: Sequence[Encoded], size: int) -> list[Encoded]:
-    """The same `size` examples in every run, whatever its seed."""
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-    return [examples[index] for index in sorted(order[:size])]
-
-
-def pair_indices(scores: Sequence[float], pairs: str) -> list[tuple[int, int]]:
-    """(better, worse) of a ranked list: "best-worst" one pair, "adjacent" neighbours in rank, "all" any two.
-
-    Equal scores make no pair. Raises ValueError for another word.
-    """
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    if pairs not in ("best-worst", "adjacent", "all"):
-        raise ValueError(f"--pairs must be best-worst, adjacent or all, got {pairs}")
-    ends = [(order[0], order[-1])]
-    found = {"best-worst": ends, "adjacent": zip(order, order[1:]), "all": combinations(order, 2)}[pairs]
-    return [(better, worse) for better, worse in found if scores[better] > scores[worse]]
-
-
-def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str:
-    """The example with the completions that some pair compares, or the reason why there is no pair."""
-    if not example.completions:
-        return "it has no answer"
-    compared = pair_indices(example.scores, pairs)
-    if not compared:
-        return "no completion is the better one"
-    used = sorted({index for pair in compared for index in pair})
-    completions = [example.completions[index] for index in used]
-    return example._replace(completions=completions, scores=[example.scores[index] for index in used])
-
-
-def usable_feedback(example: Example) -> Example | str:
-    """The example, or the reason why its completions are not known to be good or bad."""
-    return example if example.labelled else "it has no label"
-
-
-def desirable(scores: Sequence[float]) -> list[bool]:
-    """The label of each completion of a prompt: several are compared with the mean of their scores, one alone
-    (or several of the same score) with 0."""
-    middle = sum(scores) / len(scores) if len(set(scores)) > 1 else 0.0
-    return [score > middle for score in scores]
-
-
-def best_completion(example: Example) -> Example | str:
-    """The example with its highest-scored completion alone, for supervised fine-tuning, or the reason why
-    none is worth it."""
-    if not example.completions:
-        return "it has no answer"
-    if not any(desirable(example.scores)):
-        return "labelled undesirable" if len(example.scores) == 1 else "no completion is the better one"
-    best = max(range(len(example.scores)), key=lambda index: example.scores[index])
-    return example._replace(completions=[example.completions[best]], scores=[example.scores[best]])

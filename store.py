@@ -31,6 +31,7 @@ import data
 import encode
 import files
 import formats
+import ranking
 import values
 from arrays import TYPES, Arrays, Store, joined
 from chat import Template
@@ -285,7 +286,7 @@ def _flat(examples: Iterable[Encoded]) -> Arrays:
             found.ids.extend(ids)
             found.trained.extend(trained)
         found.scores.extend([0.0, *example.scores])
-        found.labels.extend([False, *(example.labels or encode.desirable(example.scores))])
+        found.labels.extend([False, *(example.labels or ranking.desirable(example.scores))])
         found.first.append(len(found.sizes))
         found.weights.append(example.weight)
         found.margins.append(example.margin)

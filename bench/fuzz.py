@@ -29,6 +29,7 @@ import data  # noqa: E402
 import encode  # noqa: E402
 import formats  # noqa: E402
 import model  # noqa: E402
+import ranking  # noqa: E402
 
 LAYOUTS = [layout for rank in formats.RANKS for layout in rank]
 KEYS = sorted(
@@ -136,8 +137,8 @@ def check_row(made: dict[str, Any], tokenizer: Any, template: Any) -> str:
         return "fault of the row"
     limits = (tokenizer, 64, 32, template)
     for select, encoder in (
-        (encode.usable_pair, encode.encode), (encode.usable_feedback, encode.encode),
-        (encode.best_completion, encode.encode_turns), (encode.usable_pair, encode.encode_rendered),
+        (ranking.usable_pair, encode.encode), (ranking.usable_feedback, encode.encode),
+        (ranking.best_completion, encode.encode_turns), (ranking.usable_pair, encode.encode_rendered),
     ):  # fmt: skip
         chosen = select(found)
         groups = chosen if isinstance(chosen, str) else encoder(chosen, *limits)
