@@ -24,7 +24,10 @@ from ranking import desirable
 from values import Turn
 
 REWRITES = "the chat template rewrites earlier turns when a turn is added"
-NO_BEGINNING = "the chat template writes the prompt otherwise when an answer follows"
+NO_BEGINNING = (
+    "the chat template does not write the answer where its generation prompt leaves off (a thought that is opened "
+    "there, and that the answer lacks or the template drops?)"
+)
 SAME = "the answers are the same once encoded"
 MERGED = "its system turn opens the first user turn, for the chat template has none"
 
@@ -348,16 +351,22 @@ def _encode_completion(
         answer = closed.rstrip() if ends_itself else closed[: len(closed) - len(ending)]
         added = _added(opened, answer, NO_BEGINNING)
         said = turn["content"][len(open_turn[0]["content"]) if open_turn and index == first else 0 :]
-        remark = remark or _change(said, turn.get("tool_calls", ()), added, ending)
+        tail = closed[max(0, len(opened) - len(said)) :]  # the generation prompt may open the answer
+        remark = remark or _change(said, turn.get("tool_calls", ()), added, tail, ending)
         learned = chat.first_ids(tokenizer, added, room, template)
         if not ends_itself:
             learned = chat.ended(learned, tokenizer, template)
         ids += between + learned
-        trained += [False] * len(between) + [True] * len(learned)
+        trained += [False] * len(between) + [_is_trained(turn)] * len(learned)
         done = opened + added
         if len(ids) >= room:
             break
     return ids, trained, remark
+
+
+def _is_trained(turn: Turn) -> bool:
+    """Not if the row says so of this turn, by any of the names that tools have for it."""
+    return all(turn.get(key, True) not in (0, False) for key in ("weight", "train", "loss"))
 
 
 def _added(before: str, after: str, otherwise: str) -> str:
@@ -366,16 +375,16 @@ def _added(before: str, after: str, otherwise: str) -> str:
     return after[len(before) :]
 
 
-def _change(said: str, calls: Sequence[dict[str, Any]], written: str, ending: str) -> str:
+def _change(said: str, calls: Sequence[dict[str, Any]], written: str, tail: str, ending: str) -> str:
     """A remark if the template leaves out some of what a turn says. Raises ValueError if it leaves out all,
     or a call of a tool."""
     if any(_name(call) not in written for call in calls):
         raise ValueError("the chat template does not write tool_calls")
-    if said in written:
+    if said in tail:
         return ""
     if not written.removesuffix(ending.rstrip()).strip():
         raise ValueError("the chat template writes nothing of an answer")
-    if "".join(said.split()) in "".join(written.split()):
+    if "".join(said.split()) in "".join(tail.split()):
         return ""
     return "the chat template leaves out or changes a part of an answer"
 
