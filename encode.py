@@ -25,8 +25,8 @@ from values import Turn
 
 REWRITES = "the chat template rewrites earlier turns when a turn is added"
 NO_BEGINNING = (
-    "the chat template does not write the answer where its generation prompt leaves off (a thought that is opened "
-    "there, and that the answer lacks or the template drops?)"
+    "the chat template does not write the answer where its generation prompt leaves off (a thought that is "
+    "opened there, and that the answer lacks or the template drops?)"
 )
 SAME = "the answers are the same once encoded"
 MERGED = "its system turn opens the first user turn, for the chat template has none"
