@@ -35,6 +35,9 @@ def row(name: str, loss) -> str:
         p.name: p.default for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY
     }
     settings = ", ".join(f"{key} {value:g}" for key, value in defaults.items()) or "-"
+    published = re.search(r"Published\s+default: (.+?)\.\s", inspect.getdoc(loss), re.S)
+    if published:
+        settings += f" (published: {' '.join(published[1].split())})"
     statistics = ", ".join(f"`{need}`" for need in needs)
     return f"| `{name}` | {kind} | {'yes' if reference else 'no'} | {statistics} | {source} | {settings} |"
 
