@@ -246,7 +246,8 @@ def tdpo2(
     """Token-level DPO, second form: l(Delta - alpha (K_l - sg(K_w))), sg = stop-gradient.
 
     policy_logps, ref_logps, kl (2, B) -> losses (B,). Source: arXiv:2404.11999, the TDPO2 objective. own =
-    beta (logp - ref + K). Raises ValueError unless beta > 0 and alpha >= 0.
+    beta (logp - ref + alpha K), whose margin is the loss's logit; its code logs it without alpha. Raises
+    ValueError unless beta > 0 and alpha >= 0.
     """
     return _with_anchored_drift(policy_logps, ref_logps, kl, beta, alpha)
 
@@ -268,7 +269,8 @@ def ra_dpo2(
     """Risk-aware DPO, second form: l(Delta - alpha (R_l - sg(R_w))), sg = stop-gradient.
 
     policy_logps, ref_logps, risk (2, B) -> losses (B,). Source: arXiv:2505.20359, Ra-DPO2; differences as in
-    `ra_dpo1`. own = beta (logp - ref + R). Raises ValueError unless beta > 0 and alpha >= 0.
+    `ra_dpo1`. own = beta (logp - ref + alpha R), whose margin is the loss's logit. Raises ValueError unless
+    beta > 0 and alpha >= 0.
     """
     return _with_anchored_drift(policy_logps, ref_logps, risk, beta, alpha)
 
@@ -623,7 +625,7 @@ def _with_anchored_drift(
     logratios, logits = _implicit(policy_logps, ref_logps, beta)  # (2, B), (B,)
     chosen, rejected = drift
     losses = -F.logsigmoid(logits - beta * alpha * (rejected - chosen.detach()))  # (B,)
-    return Loss(losses, beta * logratios.detach(), beta * (logratios + drift).detach())
+    return Loss(losses, beta * logratios.detach(), beta * (logratios + alpha * drift).detach())
 
 
 def _clipped(logratios: Tensor, weights: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

@@ -274,7 +274,10 @@ def oracle(name, unit, **known):
     x.d, (x.nw, x.nl) = x.w - x.l, unit.get("lengths", [1, 1])
     x.aw, x.al = x.pw / x.nw, x.pl / x.nl
     x.xw, x.xl = unit.get("kl", unit.get("risk", zeros))
-    own = [x.beta * (x.w + x.xw), x.beta * (x.l + x.xl)] if name in SEQUENTIAL else None
+    own = None
+    if name in SEQUENTIAL:
+        share = known.get("alpha", 1.0)
+        own = [x.beta * (x.w + share * x.xw), x.beta * (x.l + share * x.xl)]
     return ORACLES[name](x), REWARDS.get(name, lambda x: [x.beta * x.w, x.beta * x.l])(x), own
 
 
@@ -293,6 +296,8 @@ def test_values_match_the_oracle(name, dtype, changed):
         assert result.rewards[:, i].tolist() == pytest.approx(rewards, **close)
         if own is not None:  # red: put the drift into rewards, leave it out of own
             assert result.own[:, i].tolist() == pytest.approx(own, **close)
+        if own is not None:  # red: leave alpha out of own
+            assert softplus(own[1] - own[0]) == pytest.approx(loss, **close)
     assert (result.own is not None) == (name in SEQUENTIAL)
     assert result.own is None or not result.own.requires_grad  # red: drop a detach
     assert result.losses.requires_grad
