@@ -183,8 +183,9 @@ def bco_pair(policy_logps: Tensor, ref_logps: Tensor, delta: Tensor, *, beta: fl
 def sppo_hard(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.001) -> Loss:
     """Self-play preference optimisation with hard labels: (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2.
 
-    policy_logps, ref_logps (2, B) -> losses (B,). Source: arXiv:2405.00675, the objective of its released
-    code, beta = 1 / eta with its eta. Raises ValueError unless beta > 0.
+    policy_logps, ref_logps (2, B) -> losses (B,). Source: arXiv:2405.00675, beta = 1 / eta with its eta. Its
+    released code takes the mean of the two squares, so this loss and its gradient are twice those. Raises
+    ValueError unless beta > 0.
     """
     _positive(beta=beta)
     chosen, rejected = logratios = policy_logps - ref_logps  # (2, B)
@@ -305,8 +306,10 @@ def simpo(policy_logps: Tensor, lengths: Tensor, *, beta: float = 2.0, gamma: fl
 def cpo(policy_logps: Tensor, lengths: Tensor, *, beta: float = 0.1, sft_weight: float = 1.0) -> Loss:
     """Contrastive preference optimisation: -logsigmoid(beta (logp_w - logp_l)) - sft_weight logp_w / |y_w|.
 
-    policy_logps, lengths (2, B) -> losses (B,). Source: arXiv:2401.08417; its log-likelihood term is
-    averaged over the answer's tokens, as its code does. Raises ValueError unless beta > 0, sft_weight >= 0.
+    policy_logps, lengths (2, B) -> losses (B,). Source: arXiv:2401.08417. The log-likelihood is averaged over
+    each answer's tokens, so that every pair weighs the same; its code takes one mean over the tokens of all
+    chosen answers of a micro-batch, where a longer answer weighs more. Raises ValueError unless beta > 0 and
+    sft_weight >= 0.
     """
     _positive(beta=beta)
     _not_negative(sft_weight=sft_weight)
