@@ -75,9 +75,11 @@ def pack(groups: Sequence[data.Encoded], counted: bool = True, pairs: str = "bes
         labels += group.labels or data.desirable(group.scores)
         members += [number] * len(group.completions)
         weights += [group.weight * counted] * len(group.completions)
-        compared = data.pair_indices(group.scores, pairs)
-        found += [(first_response + better, first_response + worse) for better, worse in compared]
-        margins += [group.margin] * len(compared)
+        reach = max(group.scores) - min(group.scores)
+        for better, worse in data.pair_indices(group.scores, pairs):
+            found.append((first_response + better, first_response + worse))
+            # the row's margin is the best's over the worst; other pairs have their share of the scores' reach
+            margins.append(group.margin * ((group.scores[better] - group.scores[worse]) / reach))
     return Pack(
         torch.tensor([ids]),
         torch.tensor([positions]),

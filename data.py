@@ -58,7 +58,7 @@ class Example(NamedTuple):
     completions: list[str | list[dict[str, str]]]  # answers; a list of turns is the rest of a conversation
     scores: list[float]  # one per completion, higher is better
     weight: float = 1.0  # of this example in the loss
-    margin: float = 0.0  # how much better the best is, for losses that use it
+    margin: float = 0.0  # how much better the best is than the worst, for losses that use it
     where: str = ""  # file:line, for error messages
     labelled: bool = True  # False: the scores say nothing
 

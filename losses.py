@@ -9,7 +9,7 @@ it names a statistic that only single responses have, marked *; then every (2, B
     policy_logps, ref_logps      (2, B)  log pi(y|x)
     kl, risk                     (2, B)  sequential forward KL and risk, sums over the tokens of a response
     lengths                      (2, B)  trained tokens
-    margins                      (B,)    of the rows
+    margins                      (B,)    of the row for its best over its worst; of other pairs their share
     sequence_scores              (2, B)  scalar head of a reward model
     delta                        ()      mean reward over the responses of the steps before
     kl_estimate                  ()      mean log-ratio of mismatched answers, before the clamp
@@ -88,7 +88,8 @@ def robust_dpo(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1, ep
 
 
 def odpo(policy_logps: Tensor, ref_logps: Tensor, margins: Tensor, *, beta: float = 0.1) -> Loss:
-    """DPO with an offset: -logsigmoid(beta Delta - margin), the margin of each row (its "margin", else 0).
+    """DPO with an offset: -logsigmoid(beta Delta - margin), the margin of each row (its "margin", else 0). Of
+    a list it is that of the best over the worst, and another pair's is its share of their score difference.
 
     policy_logps, ref_logps (2, B), margins (B,) -> losses (B,). Source: arXiv:2402.10571, the ODPO objective;
     the margin is taken as given, where the paper scales the logarithm of a score difference. Raises
