@@ -324,8 +324,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank == 0:
         config.rewind_log(args.out, start)
         tokenizer.save_pretrained(f"{args.out}/tokenizer")
-    size = f"{units.sum()} {objective.batch_unit}"
-    say(f"start at step {start} of {total}: {args.loss}, {size}, {world_size} ranks")
+    unit = objective.batch_unit
+    long = units[units > args.batch_size]  # of lists, which are not split
+    if len(long):
+        say(f"{len(long)} of {len(units)} lists have up to {long.max()} {unit}: a step with one is as large")
+    say(f"start at step {start} of {total}: {args.loss}, {units.sum()} {unit}, {world_size} ranks")
 
     config.write_status(args, rank, "running", start)
     log = functools.partial(config.write_row, args, rank, total)

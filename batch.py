@@ -171,19 +171,20 @@ def plan(
 
     `lengths` are tokens of each group. A step takes groups of batch_size units on average (pairs or
     responses; `units` None: every group is one) over all ranks: the group that crosses a border goes to the
-    next step, and the last step of the epoch takes what is left. All ranks have the same number of
-    micro-batches in a step, as collectives demand; a rank without work runs the smallest group uncounted. No
-    micro-batch exceeds the budget unless a single group does. A pure function: every rank computes the same
-    plan, and resuming at a step is looking it up.
+    next step, and the last step of the epoch takes what is left. A group of more than batch_size units counts
+    for batch_size of them, so that it makes no other step larger than its own. All ranks have the same number
+    of micro-batches in a step, as collectives demand; a rank without work runs the smallest group uncounted.
+    No micro-batch exceeds the budget unless a single group does. A pure function: every rank computes the
+    same plan, and resuming at a step is looking it up.
     """
     order = epoch_order(len(lengths), seed, epoch)
     units = np.ones(len(lengths), int) if units is None else units
-    batch_size = max(batch_size, max(units))
+    shares = np.minimum(units, batch_size).tolist()
     smallest = min(order, key=lambda index: lengths[index])
     batches = [[] for _ in range(steps_per_epoch(units, batch_size))]
     done = 0
     for index in order:
-        done += units[index]
+        done += shares[index]
         batches[(done - 1) // batch_size].append(index)
     steps = []
     for batch in batches:
@@ -202,8 +203,9 @@ def epoch_order(size: int, seed: int | None, epoch: int) -> list[int]:
 
 
 def steps_per_epoch(units: Sequence[int], batch_size: int) -> int:
-    """Optimiser steps of an epoch: no group is split, so a step has at least the units of the largest."""
-    return ceil(sum(units) / max(batch_size, max(units)))
+    """Optimiser steps of an epoch. No group counts for more than a step, so none of them is empty, whatever
+    the order."""
+    return ceil(np.minimum(units, batch_size).sum() / batch_size)
 
 
 def _balance(groups: list[int], lengths: Sequence[int], world_size: int, budget: int) -> list[list[int]]:
