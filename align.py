@@ -350,8 +350,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             log(row | {"step": step})
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last, extra)
-        if args.sync_reference_every and step and step % args.sync_reference_every == 0:
-            fsdp.copy_parameters(policy, reference)
 
         began = time.perf_counter()
         if update == 0:
@@ -382,6 +380,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             config.write_status(args, rank, "failed", step)
             config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
+        if args.sync_reference_every and (step + 1) % args.sync_reference_every == 0:
+            fsdp.copy_parameters(policy, reference)  # the policy before this update, not the one after it
         optimizer.step()
         optimizer.zero_grad()
 
