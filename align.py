@@ -34,7 +34,7 @@ import model
 import store
 import vocab
 from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start
-from objective import make_objective, means, resolve, statistics, tally
+from objective import make_objective, means, resolve, seen, statistics, tally
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -132,11 +132,9 @@ def forward(
         tokens = vocab.token_statistics(hidden, policy.head, pack.targets, twin, *drift, entropy=wanted)
     if policy.value_head is not None:
         values = policy.value_head(hidden.detach())[:, 0]  # (N,) the critic does not train the body
-    stats = seen = statistics(pack, tokens, bool(objective.pairs), frozen, values, scores)
-    if objective.humanline is not None:
-        clamped = tokens._replace(logps=objective.humanline(tokens.logps, tokens.ref_logps))
-        seen = statistics(pack, clamped, bool(objective.pairs), frozen, values, scores)
-    out = objective.loss(**{name: seen[name] for name in objective.needs})
+    stats = statistics(pack, tokens, bool(objective.pairs), frozen, values, scores)
+    given = seen(objective, stats, pack)
+    out = objective.loss(**{name: given[name] for name in objective.needs})
     if objective.with_sft is not None:
         added = objective.with_sft(out.losses, stats["policy_logps"], stats["lengths"])  # (B,)
         out = out._replace(losses=added)
@@ -165,15 +163,13 @@ def freeze(
         sums = {}
         if objective.mismatches:
             twin = (hidden_states(reference, stranger), reference.head)
-            tokens = vocab.token_statistics(
-                hidden_states(policy, stranger), policy.head, stranger.targets, twin
-            )
-            if objective.humanline is not None:
-                tokens = tokens._replace(logps=objective.humanline(tokens.logps, tokens.ref_logps))
+            hidden = hidden_states(policy, stranger)  # (N', D)
+            tokens = vocab.token_statistics(hidden, policy.head, stranger.targets, twin)
             logratios = tokens.logps - tokens.ref_logps  # (N',)
-            peaks = logratios.new_zeros(len(stranger.ends)).scatter_reduce(
-                0, stranger.response, logratios, "amax"
-            )
+            if objective.humanline is not None:
+                logratios = objective.humanline(logratios)  # (N',)
+            zeros = logratios.new_zeros(len(stranger.ends))
+            peaks = zeros.scatter_reduce(0, stranger.response, logratios, "amax")
             founds[k] = founds[k]._replace(kl_token_max=peaks)  # (R,) >= 0
             sums["kl_estimate"] = batch.summed(by_response(logratios, stranger), pack)
         if objective.advantages is not None:

@@ -18,6 +18,7 @@ it names a statistic that only single responses have, marked *; then every (2, B
     group *                      (R,)    which prompt
     kl_token_max *               (R,)    largest log-ratio of a token of the mismatched answer, at least 0
     token_policy_logps *, token_ref_logps *, token_entropy *, token_values *   (N,)
+    token_logratios *            (N,)    log pi - log pi_ref of a token; see `humanline`
     token_advantages *, token_returns *   (N,)  frozen before the step, see `advantages`
     response *                   (N,)    which response
 
@@ -440,6 +441,7 @@ def apo_zero_unpaired(
 def ppo(
     token_policy_logps: Tensor,
     token_ref_logps: Tensor,
+    token_logratios: Tensor,
     token_values: Tensor,
     token_entropy: Tensor,
     token_advantages: Tensor,
@@ -451,19 +453,21 @@ def ppo(
     entropy_weight: float = 0.0,
 ) -> Loss:
     """Offline one-step PPO, per token: max(-A rho, -A clamp(rho, clip, 1 / clip)) + value_weight (V - G)^2 /
-    2 + kl_weight (e^d - d - 1) - entropy_weight H, rho = pi / pi_ref, d = log pi_ref - log pi.
+    2 + kl_weight (e^d - d - 1) - entropy_weight H, rho = e^token_logratios = pi / pi_ref, d = log pi_ref -
+    log pi.
 
-    All (N,) -> losses (N,); rewards = log pi - log pi_ref in nats. The reference is the old policy; A (GAE,
-    whitened over the step) and G (discounted return) come from `advantages`. metrics: the share of clipped
-    tokens, the entropy, the KL estimate k3. Source: arXiv:1707.06347, eq. 7 and 9, offline as in
-    arXiv:2402.01306, appendix; KL by k3 since -log rho is not a KL off-policy. Raises ValueError unless 0 <
-    clip < 1 and the weights are >= 0.
+    All (N,) -> losses (N,); rewards = log pi - log pi_ref in nats. Under `humanline` rho alone is clamped: d
+    and the rewards are of the log-probabilities as they are, so that a token beyond the bounds is still
+    pulled back. The reference is the old policy; A (GAE, whitened over the step) and G (discounted return)
+    come from `advantages`. metrics: the share of clipped tokens, the entropy, the KL estimate k3. Source:
+    arXiv:1707.06347, eq. 7 and 9, offline as in arXiv:2402.01306, appendix; KL by k3 since -log rho is not a
+    KL off-policy. Raises ValueError unless 0 < clip < 1 and the weights are >= 0.
     """
     if not 0 < clip < 1:
         raise ValueError(f"clip must be in (0, 1), got {clip}")
     _not_negative(value_weight=value_weight, kl_weight=kl_weight, entropy_weight=entropy_weight)
+    surrogate, clipped = _clipped(token_logratios, token_advantages, clip, 1 / clip)  # (N,) each
     logratios = token_policy_logps - token_ref_logps  # (N,)
-    surrogate, clipped = _clipped(logratios, token_advantages, clip, 1 / clip)  # (N,) each
     penalty = _k3(logratios)  # (N,)
     critic = 0.5 * (token_values - token_returns).square()  # (N,)
     losses = surrogate + value_weight * critic + kl_weight * penalty - entropy_weight * token_entropy
@@ -474,6 +478,7 @@ def ppo(
 def grpo(
     token_policy_logps: Tensor,
     token_ref_logps: Tensor,
+    token_logratios: Tensor,
     response: Tensor,
     lengths: Tensor,
     scores: Tensor,
@@ -487,9 +492,11 @@ def grpo(
     epsilon)) + beta (e^d - d - 1), A = (s - mean) / (std + std_floor) within the responses of one prompt.
 
     token_* and response (N,), lengths, scores, group (R,) -> losses (R,); rewards (N,) = log pi - log pi_ref.
-    rho = pi / pi_ref, d = log pi_ref - log pi: the reference is the old policy. std of the population, so
-    that a lone response has A = 0. Source: arXiv:2402.03300, eq. 3 and 4 with its beta; std_floor as HALOs
-    (TRL: 1e-4). Raises ValueError unless 0 < epsilon < 1, beta >= 0 and std_floor > 0.
+    rho = e^token_logratios = pi / pi_ref, d = log pi_ref - log pi: the reference is the old policy; under
+    `humanline` rho alone is clamped, as in `ppo`. std of the population, so that a lone response has A = 0:
+    prompts whose responses all have one score teach nothing and are left out when data are read. Source:
+    arXiv:2402.03300, eq. 3 and 4 with its beta; std_floor as HALOs (TRL: 1e-4). Raises ValueError unless 0 <
+    epsilon < 1, beta >= 0 and std_floor > 0.
     """
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon must be in (0, 1), got {epsilon}")
@@ -501,8 +508,9 @@ def grpo(
     centred = scores - mean[group]  # (R,)
     variance = scores.new_zeros(groups).index_add(0, group, centred.square()) / members  # (G,)
     advantages = centred / (variance.sqrt()[group] + std_floor)  # (R,)
+    bounds = (1 - epsilon, 1 + epsilon)
+    surrogate, clipped = _clipped(token_logratios, advantages[response], *bounds)  # (N,) each
     logratios = token_policy_logps - token_ref_logps  # (N,)
-    surrogate, clipped = _clipped(logratios, advantages[response], 1 - epsilon, 1 + epsilon)  # (N,) each
     penalty = _k3(logratios)  # (N,)
 
     def per_response(values: Tensor) -> Tensor:
@@ -534,24 +542,20 @@ def with_sft(losses: Tensor, policy_logps: Tensor, lengths: Tensor, *, sft_weigh
     return losses - sft_weight * policy_logps[0] / lengths[0] if sft_weight else losses
 
 
-def humanline(
-    token_policy_logps: Tensor,
-    token_ref_logps: Tensor,
-    *,
-    log_epsilon_p: float = -1.0,
-    log_epsilon_r: float = 1.5,
-) -> Tensor:
-    """Log-probabilities whose log-ratio to the reference is clamped, token by token: ref + clamp(logp - ref,
-    log_epsilon_p, log_epsilon_r), without gradient where it bites.
+def humanline(token_logratios: Tensor, *, log_epsilon_p: float = -1.0, log_epsilon_r: float = 1.5) -> Tensor:
+    """Log-ratios to the reference clamped, token by token, to [log_epsilon_p, log_epsilon_r], without
+    gradient where it bites.
 
-    (N,), (N,) -> (N,). For losses that see the policy through its log-ratio alone. Source: HALOs
-    (arXiv:2509.24207), with its bounds. Raises ValueError unless log_epsilon_p < 0 < log_epsilon_r.
+    (N,) -> (N,). For losses that see the policy through its log-ratio alone, whose log-probabilities become
+    the reference's plus these; and for losses that ask for `token_logratios`, which get these and all else as
+    it is. Source: HALOs (arXiv:2509.24207), with its bounds. Raises ValueError unless log_epsilon_p < 0 <
+    log_epsilon_r.
     """
     if not -math.inf < log_epsilon_p < 0 < log_epsilon_r < math.inf:
         raise ValueError(
             f"humanline needs log_epsilon_p < 0 < log_epsilon_r, got {log_epsilon_p}, {log_epsilon_r}"
         )
-    return token_ref_logps + (token_policy_logps - token_ref_logps).clamp(log_epsilon_p, log_epsilon_r)
+    return token_logratios.clamp(log_epsilon_p, log_epsilon_r)
 
 
 def advantages(

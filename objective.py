@@ -53,7 +53,7 @@ HELPERS = {
 
 
 # What needs a reference model.
-REFERENCE = ("ref_logps", "token_ref_logps", "kl", "risk", "kl_estimate", "kl_token_max")
+REFERENCE = ("ref_logps", "token_ref_logps", "token_logratios", "kl", "risk", "kl_estimate", "kl_token_max")
 # What needs a value head, and advantages made before the step.
 CRITIC = ("token_values", "token_old_values", "token_advantages", "token_returns")
 
@@ -66,7 +66,8 @@ def resolve(args: argparse.Namespace) -> None:
     if args.risk is None and "risk" in needs:
         args.risk = "cvar"
     through_ratio = {"policy_logps", "ref_logps"} <= set(needs) or "token_ref_logps" in needs
-    if args.humanline and (not through_ratio or {"kl", "risk"} & set(needs)):
+    through_ratio = through_ratio and not {"kl", "risk"} & set(needs)
+    if args.humanline and not (through_ratio or "token_logratios" in needs):
         config.fail(f"--loss {args.loss} takes no --humanline: it is not a function of the log-ratio alone")
     critic, reference = (any(name in names for name in needs) for names in (CRITIC, REFERENCE))
     rendered = "sequence_scores" in needs  # whole conversations are read
@@ -135,13 +136,8 @@ def statistics(
 ) -> dict[str, Tensor | None]:
     """Everything a loss may ask for by name. Sums over the trained tokens of a response, nats; `values` (N,)
     and `scores` (R,) are of the scalar heads."""
-
-    def sums(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        responses = by_response(values, pack)  # (R,)
-        return responses[pack.pairs] if pairs else responses  # (2, B) or (R,)
-
+    sums = functools.partial(_sums, pack=pack, pairs=pairs)
+    logratios = None if tokens.ref_logps is None else tokens.logps - tokens.ref_logps  # (N,)
     return {
         "policy_logps": sums(tokens.logps),  # (2, B) or (R,)
         "ref_logps": sums(tokens.ref_logps),  # (2, B) or (R,) frozen
@@ -156,6 +152,7 @@ def statistics(
         "response": pack.response,  # (N,)
         "token_policy_logps": tokens.logps,  # (N,)
         "token_ref_logps": tokens.ref_logps,  # (N,) frozen
+        "token_logratios": logratios,  # (N,)
         "token_entropy": tokens.entropy,  # (N,)
         "token_values": values,  # (N,)
         "token_old_values": frozen.old_values,  # (N,) frozen
@@ -165,6 +162,31 @@ def statistics(
         "kl_token_max": frozen.kl_token_max,  # (R,) frozen
         "delta": frozen.delta,  # () frozen
     }
+
+
+def seen(
+    objective: "Objective", stats: dict[str, Tensor | None], pack: batch.Pack
+) -> dict[str, Tensor | None]:
+    """The statistics that the loss gets: under --humanline with clamped log-ratios.
+
+    A loss that asks for `token_logratios` gets these clamped and everything else as it is. To any other the
+    policy's log-probabilities are the reference's plus the clamped log-ratios.
+    """
+    if objective.humanline is None:
+        return stats
+    logratios = objective.humanline(stats["token_logratios"])  # (N,)
+    if "token_logratios" in objective.needs:
+        return stats | {"token_logratios": logratios}
+    logps = stats["token_ref_logps"] + logratios  # (N,)
+    return stats | {"token_policy_logps": logps, "policy_logps": _sums(logps, pack, bool(objective.pairs))}
+
+
+def _sums(values: Tensor | None, pack: batch.Pack, pairs: bool) -> Tensor | None:
+    """Sums over the tokens of each response, by pairs or not: (N,) -> (2, B) or (R,)."""
+    if values is None:
+        return None
+    responses = by_response(values, pack)  # (R,)
+    return responses[pack.pairs] if pairs else responses
 
 
 def by_response(values: Tensor, pack: batch.Pack) -> Tensor:
@@ -248,9 +270,10 @@ def make_objective(args: argparse.Namespace) -> Objective:
     if objective.with_sft is not None:
         objective.with_sft(out.losses, stats["policy_logps"], stats["lengths"])
     if objective.humanline is not None:
-        objective.humanline(ones, ones)
-        moved = {name: stats[name] - 1.0 * name.endswith("_logps") for name in needs}
-        if not torch.equal(objective.loss(**moved).losses, out.losses):
+        objective.humanline(ones)
+        moved = {name: stats[name] - 1.0 if name.endswith("_logps") else stats[name] for name in needs}
+        alone = torch.equal(objective.loss(**moved).losses, out.losses)
+        if not alone and "token_logratios" not in needs:
             raise ValueError("--humanline is for losses of the log-ratio alone")
     units = {1: "pairs", 2: "responses", 5: "tokens"}
     if out.losses.dim() != 1 or len(out.losses) not in units:

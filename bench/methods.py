@@ -28,7 +28,7 @@ def row(name: str, loss) -> str:
         kind = (
             "scored lists" if "scores" in needs else "labels" if "desirable" in needs else "labels or scores"
         )
-    reference = any(need.startswith(("ref_", "token_ref_")) for need in needs)
+    reference = any(need in objective.REFERENCE for need in needs)
     found = re.search(r"Source:.*?arXiv:(\d{4}\.\d{5})", inspect.getdoc(loss), re.S)
     source = f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else "see its docstring"
     defaults = {

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import losses
 
-LOGPS, TOKENS = "policy_logps ref_logps", "token_policy_logps token_ref_logps"
+LOGPS, TOKENS = "policy_logps ref_logps", "token_policy_logps token_ref_logps token_logratios"
 WEIGHTS = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
 # What each loss asks for: positional statistics, and keyword-only hyper-parameters with their defaults.
 ASKS = {
@@ -78,13 +78,14 @@ STATISTICS = {
     "response": ("response", 0, 0),
     "token_policy_logps": ("token", -6.0, 0.0),
     "token_ref_logps": ("token", -6.0, 0.0),
+    "token_logratios": ("token", -4.0, 4.0),  # not the difference of the two: it may be clamped
     "token_values": ("token", -2.0, 2.0),
     "token_entropy": ("token", 0.0, 5.0),
     "token_advantages": ("token", -2.0, 2.0),
     "token_returns": ("token", -2.0, 2.0),
 }
 LEARNT = ("policy_logps", "token_policy_logps", "kl", "risk", "sequence_scores", "token_values")
-LEARNT += ("token_entropy",)
+LEARNT += ("token_entropy", "token_logratios")
 
 
 def public_losses():
@@ -198,7 +199,7 @@ def at_reference(values):
     for policy, ref in ("policy_logps", "ref_logps"), ("token_policy_logps", "token_ref_logps"):
         if ref in values:
             values[policy] = values[ref].clone()
-    for name in {"kl", "risk"} & set(values):
+    for name in {"kl", "risk", "token_logratios"} & set(values):
         values[name] = torch.zeros_like(values[name])
     if not {"ref_logps", "token_ref_logps"} & set(values):
         for name in {"policy_logps", "lengths", "sequence_scores"} & set(values):
