@@ -33,7 +33,7 @@ import losses
 import model
 import store
 import vocab
-from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start
+from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_partners, check_start
 from objective import make_objective, means, resolve, seen, statistics, tally
 
 
@@ -46,6 +46,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
     add("--data", required=True, help="hh, NAME=DIR, or a .jsonl or .json file")
     add("--eval-data", default=None, help="held-out rows; None: the test split of a named --data, else none")
+    add("--group-by", choices=("prompt",), default=None, help="rows of the same prompt are one list")
     add("--chat-template", default=None, help="plain, raw or a file; None: the tokenizer's own, else plain")
     add("--loss", choices=LOSSES, default="dpo")
     add("--risk", choices=RISKS, default=None, help="of the losses that take one; None: cvar for those")
@@ -87,22 +88,28 @@ def load_examples(
     args: argparse.Namespace,
     say: Callable,
 ) -> store.Store:
-    """Read and encode, or take from the cache; says what was left out and why. Raises ValueError if nothing
-    is left."""
-    select = data.usable_feedback
-    if objective.pairs:
-        select = functools.partial(data.usable_pair, pairs=objective.pairs)
-    encoder = data.encode_rendered if objective.scores else data.encode
+    """Read and encode, or take from the cache; gather by prompt, thin, and keep what the loss learns from.
+    Says what was left out and why. Raises ValueError if nothing is left, or for rows that are no list."""
+    select = data.usable_feedback if args.group_by else objective.select
+    encoder = data.encode
+    if objective.scores:
+        encoder = data.encode_whole if args.group_by else data.encode_rendered
     limits = (args.max_length, args.max_prompt_length)
     found = store.load(source, split, select, encoder, tokenizer, template, *limits, args.token_cache, say)
-    if objective.mismatches:
-        try:
-            batch.partners(found.arrays.prompts, range(len(found)))  # refused now if it cannot be done later
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
     offsets = int((found.arrays.margins != 0).sum())
     if offsets and "margins" not in objective.needs:
         say(f"{source}: {offsets} rows have a margin, which --loss {args.loss} does not use")
+    elif offsets and args.group_by:
+        raise ValueError(f"{source}: {offsets} rows have a margin, which says nothing of a list of several")
+    with config.located(source):
+        if args.group_by:
+            found = found.by_prompt()
+            say(f"{source}: {len(found)} lists by prompt")
+        if objective.thin is not None and split == "train":
+            found = found.only(objective.thin(found.labels, args.seed))
+        found, reasons = found.chosen(functools.partial(objective.used, found))
+    if reasons:
+        say(f"{source}: {reasons}")
     return found
 
 
@@ -269,13 +276,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         template = data.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template[0]}")
         train = load_examples(args.data, "train", tokenizer, template, objective, args, say)
-        if objective.thin is not None:
-            train = train.only(functools.partial(objective.thin, seed=args.seed))
+        check_partners(objective, args.data, train.arrays.prompts)
         held_out = data.held_out_source(args.data, args.eval_data)
         evaluated = []
         if held_out:
             evaluated = load_examples(held_out, "test", tokenizer, template, objective, args, say)
-        evaluated = data.subset(evaluated, args.eval_examples)
+            evaluated = data.subset(evaluated, args.eval_examples)
+            where = f"{held_out} at --eval-examples {args.eval_examples}"
+            check_partners(objective, where, [example.prompt_key for example in evaluated])
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(args.model, torch.float32, *options, reward_model=objective.scores)

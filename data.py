@@ -51,6 +51,7 @@ TEMPLATES = {"plain": PLAIN, "raw": RAW}
 # Of conditional SFT: before desirable and undesirable completions; sampling asks for a desirable one.
 CONTROL_TOKENS = ("<|good|>", "<|bad|>")
 ASK_FOR_GOOD = "{% if add_generation_prompt %}" + CONTROL_TOKENS[0] + "{% endif %}"
+NO_BETTER = "no completion is the better one"  # why a row is left out
 
 
 class Example(NamedTuple):
@@ -71,11 +72,12 @@ class Encoded(NamedTuple):
     weight: float = 1.0
     margin: float = 0.0
     labels: list[bool] = []  # per completion: is it desirable; empty: by the scores
+    key: int | None = None  # of the prompt, where `prompt` is not all of it
 
     @property
     def prompt_key(self) -> int:
         """Equal for equal prompts, and in 2**-64 of all cases for others."""
-        return hash(tuple(self.prompt))
+        return hash(tuple(self.prompt)) if self.key is None else self.key
 
     @property
     def tokens(self) -> int:
@@ -492,6 +494,25 @@ def encode_rendered(
     return Encoded(shared, answers, trained, example.scores, example.weight, example.margin, labels)
 
 
+def encode_whole(
+    example: Example,
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    template: tuple[str, str | None],
+) -> Encoded | str:
+    """`encode_rendered` with every conversation whole and no prompt before them, for rows that are gathered
+    by prompt: what ids they share is not known yet. The key is of the prompt's own ids. Raises ValueError as
+    `encode`."""
+    found = encode_rendered(example, tokenizer, max_length, max_prompt_length, template)
+    if isinstance(found, str):
+        return found
+    whole = [found.prompt + ids for ids in found.completions]
+    trained = [[index > 0 for index in range(len(ids))] for ids in whole]
+    key = hash(tuple(_ids(tokenizer, _render(tokenizer, example.prompt, template, True))))
+    return found._replace(prompt=[], completions=whole, trained=trained, key=key)
+
+
 def padding_id(tokenizer: Any) -> int:
     """The id that pads a batch of conversations: the tokenizer's, else its end of text."""
     found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -617,15 +638,19 @@ def pair_indices(scores: Sequence[float], pairs: str) -> list[tuple[int, int]]:
     return [(better, worse) for better, worse in found if scores[better] > scores[worse]]
 
 
+def compared(scores: Sequence[float], pairs: str) -> list[int]:
+    """The completions of a ranked list that some pair compares, in their order."""
+    return sorted({index for pair in pair_indices(scores, pairs) for index in pair})
+
+
 def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str:
     """The example with the completions that some pair compares, or the reason why there is no pair."""
-    compared = pair_indices(example.scores, pairs)
-    if not compared:
-        return "no completion is the better one"
+    used = compared(example.scores, pairs)
+    if not used:
+        return NO_BETTER
     best, worst = (example.completions[index] for index in pair_indices(example.scores, "best-worst")[0])
     if best == worst:
         return "chosen and rejected are the same"
-    used = sorted({index for pair in compared for index in pair})
     completions = [example.completions[index] for index in used]
     return example._replace(completions=completions, scores=[example.scores[index] for index in used])
 
@@ -633,6 +658,12 @@ def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str
 def usable_feedback(example: Example) -> Example | str:
     """The example, or the reason why its completions are not known to be good or bad."""
     return example if example.labelled else "it has no label"
+
+
+def usable_group(example: Example) -> Example | str:
+    """The example, or the reason why its completions cannot be measured against each other, which is what a
+    loss of the scores within a prompt does."""
+    return NO_BETTER if example.labelled and len(set(example.scores)) == 1 else usable_feedback(example)
 
 
 def desirable(scores: Sequence[float]) -> list[bool]:

@@ -14,7 +14,7 @@ Left out: losses that couple the examples of a batch other than through what pha
 import argparse
 import functools
 import math
-from typing import Callable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -222,6 +222,30 @@ class Objective(NamedTuple):
         return "sequence_scores" in self.needs
 
     @property
+    def compares(self) -> bool:
+        """Does it learn from the difference of two scores of a prompt, and from nothing else?"""
+        return bool(self.pairs) or "group" in self.needs
+
+    @property
+    def select(self) -> Callable[[data.Example], data.Example | str]:
+        """What it learns from in a row, or the reason why that is nothing."""
+        if self.pairs:
+            return functools.partial(data.usable_pair, pairs=self.pairs)
+        return data.usable_group if self.compares else data.usable_feedback
+
+    def used(self, found: Any, index: int, scores: list[float]) -> Sequence[int] | str:
+        """The same of an example of a store.Store, cut to its length and perhaps gathered of rows or thinned:
+        which of its completions."""
+        if not self.compares:
+            return range(len(scores))
+        ends = data.pair_indices(scores, "best-worst")
+        if not ends:
+            return data.NO_BETTER
+        if self.pairs and found.alike(index, *ends[0]):
+            return "chosen and rejected are the same tokens"
+        return data.compared(scores, self.pairs) if self.pairs else range(len(scores))
+
+    @property
     def batch_unit(self) -> str:
         """What --batch-size counts."""
         return "pairs" if self.pairs else "responses"
@@ -238,6 +262,13 @@ class Objective(NamedTuple):
         """Of each unit in the sum."""
         every = {"pairs": pack.pair_weights, "responses": pack.weights, "tokens": pack.weights[pack.response]}
         return every[self.unit]
+
+
+def check_partners(objective: Objective, source: str, prompts: Sequence[int]) -> None:
+    """Raises ValueError, before any model is loaded, where the KL estimate has no other prompt's answers."""
+    if objective.mismatches:
+        with config.located(source):
+            batch.partners(prompts, range(len(prompts)))
 
 
 def make_objective(args: argparse.Namespace) -> Objective:

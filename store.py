@@ -91,20 +91,78 @@ class Store(Sequence):
         for index in range(len(self)):
             yield self.arrays.scores[first[index] + 1 : first[index + 1]].tolist()
 
-    def only(self, chosen: Callable[[np.ndarray], np.ndarray]) -> "Store":
-        """The completions that `chosen` says of the labels of all, (c,) bool -> (c,) bool; an example that
-        loses them all is left out."""
+    @property
+    def completions(self) -> np.ndarray:
+        """Which pieces are completions, of all examples: (c,)."""
+        return np.delete(np.arange(len(self.arrays.sizes)), self.arrays.first[:-1])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all completions: (c,) bool."""
+        return self.arrays.labels[self.completions]
+
+    def alike(self, index: int, one: int, other: int) -> bool:
+        """Are two completions of an example the same?"""
         found = self.arrays
-        is_prompt = np.zeros(len(found.sizes), bool)
-        is_prompt[found.first[:-1]] = True
-        kept = is_prompt.copy()  # (m,)
-        kept[~is_prompt] = chosen(found.labels[~is_prompt])
+        spans = [
+            slice(found.starts[piece], found.starts[piece] + found.sizes[piece])
+            for piece in (found.first[index] + 1 + one, found.first[index] + 1 + other)
+        ]
+        return np.array_equal(*[found.ids[span] for span in spans])
+
+    def by_prompt(self) -> "Store":
+        """Examples of one prompt as one, which stands where the first of them stood: the prompt of the first,
+        the completions of all in their order, each with its own score and label.
+
+        The arrays are made anew but for those of the tokens. A margin says how much better the best of its
+        own row is: a list has none, 0. Raises ValueError if examples of one prompt have different weights,
+        for a list has one.
+        """
+        found = self.arrays
+        _, leaders, groups = np.unique(found.prompts, return_index=True, return_inverse=True)  # (g,), (n,)
+        order = leaders.argsort()  # (g,)
+        leaders = leaders[order]  # (g,) the first example of each group, ascending
+        groups = order.argsort()[groups]  # (n,) of each example
+        if (found.weights != found.weights[leaders][groups]).any():
+            raise ValueError("rows of one prompt with different weights cannot be one list")
+        owners = groups.repeat(np.diff(found.first) - 1)  # (c,) of each completion
+        arrangement = owners.argsort(kind="stable")  # (c,)
+        first = np.concatenate([[0], (np.bincount(owners) + 1).cumsum()])  # (g + 1,)
+        pieces = np.empty(first[-1], np.int64)  # (g + c,)
+        pieces[first[:-1]] = found.first[leaders]
+        pieces[np.arange(len(owners)) + owners[arrangement] + 1] = self.completions[arrangement]
+        margins = np.zeros(len(leaders))  # (g,)
+        chosen = {name: getattr(found, name)[pieces] for name in ("starts", "sizes", "scores", "labels")}
+        kept = {name: getattr(found, name)[leaders] for name in ("weights", "prompts")}
+        return Store(found._replace(first=first, margins=margins, **chosen, **kept))
+
+    def chosen(self, used: Callable[[int, list[float]], Sequence[int] | str]) -> tuple["Store", str]:
+        """The completions that `used` says of the index and the scores of each example, or the reason why it
+        is left out; and these reasons, counted, in words. Raises ValueError if nothing is left."""
+        stays = []
+        dropped = Counter()
+        for index, scores in enumerate(self.scores):
+            found = used(index, scores)
+            if isinstance(found, str):
+                dropped[found] += 1
+                found = ()
+            members = set(found)
+            stays += [place in members for place in range(len(scores))]
+        if not any(stays):
+            raise ValueError(f"no example is left ({_words(dropped)})")
+        return self if all(stays) else self.only(np.array(stays)), _words(dropped)
+
+    def only(self, stays: np.ndarray) -> "Store":
+        """The completions that stay, of all (c,) bool; an example that loses them all is left out."""
+        found = self.arrays
+        kept = np.ones(len(found.sizes), bool)  # (m,)
+        kept[self.completions] = stays
         left = np.add.reduceat(kept, found.first[:-1], dtype=np.int64)  # (n,) pieces, the prompt among them
-        stays = left > 1  # (n,)
-        kept &= np.repeat(stays, np.diff(found.first))
+        full = left > 1  # (n,)
+        kept &= np.repeat(full, np.diff(found.first))
         pieces = {name: getattr(found, name)[kept] for name in ("starts", "sizes", "scores", "labels")}
-        examples = {name: getattr(found, name)[stays] for name in ("weights", "margins", "prompts")}
-        first = np.concatenate([[0], left[stays].cumsum()])  # (n + 1,)
+        examples = {name: getattr(found, name)[full] for name in ("weights", "margins", "prompts")}
+        first = np.concatenate([[0], left[full].cumsum()])  # (n + 1,)
         return Store(found._replace(first=first, **pieces, **examples))
 
 
@@ -135,7 +193,7 @@ def load(
             rows = data.stream(source, split)
             _write(place, rows, (select, encoder, flags), lambda text: say(f"{source}: {text}"))
     store, dropped = _open(place)
-    reasons = "; ".join(f"{number} left out: {reason}" for reason, number in dropped.items())
+    reasons = _words(dropped)
     if not len(store):
         raise ValueError(f"{source}: no example is left at --max-length {max_length} ({reasons})")
     lengths = np.sort(store.lengths)
@@ -148,6 +206,10 @@ def load(
     shown = [token for token, wanted in zip(first.completions[0], first.trained[0]) if wanted]
     say(f"  ...{tokenizer.decode(first.prompt)[-120:]!r} -> {tokenizer.decode(shown)[:200]!r}")
     return store
+
+
+def _words(dropped: dict[str, int]) -> str:
+    return "; ".join(f"{number} left out: {reason}" for reason, number in dropped.items())
 
 
 def _name(source: str, split: str, select: Callable, encoder: Callable, tokenizer: Any, *flags: Any) -> str:
