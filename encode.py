@@ -40,12 +40,13 @@ class Encoded(NamedTuple):
     weight: float = 1.0
     margin: float = 0.0
     labels: list[bool] = []  # per completion: is it desirable; empty: by the scores
+    key: int | None = None  # of the prompt, where `prompt` is not all of it
     remark: str = ""  # what was done to the row that its owner may not expect
 
     @property
     def prompt_key(self) -> int:
         """Equal for equal prompts, and in 2**-64 of all cases for others."""
-        return hash(tuple(self.prompt))
+        return hash(tuple(self.prompt)) if self.key is None else self.key
 
     @property
     def tokens(self) -> int:
@@ -180,6 +181,20 @@ def encode_rendered(
     return _encoded(example, shared, answers, trained, _merge_remark(example, template))
 
 
+def encode_whole(
+    example: Example, tokenizer: Any, max_length: int, max_prompt_length: int, template: Template
+) -> Encoded | str:
+    """`encode_rendered` with every conversation whole and no prompt before them, for rows that are gathered
+    by prompt: what ids they share is not known yet. The key is of the prompt's own ids."""
+    found = encode_rendered(example, tokenizer, max_length, max_prompt_length, template)
+    if isinstance(found, str):
+        return found
+    whole = [found.prompt + ids for ids in found.completions]
+    trained = [[index > 0 for index in range(len(ids))] for ids in whole]
+    own = chat.ids(tokenizer, chat.opening(tokenizer, example.prompt, template, example.rendering))
+    return found._replace(prompt=[], completions=whole, trained=trained, key=hash(tuple(own)))
+
+
 def _encode(
     example: Example,
     tokenizer: Any,
@@ -220,7 +235,8 @@ def _encoded(
     example: Example, prompt: list[int], completions: list[list[int]], masks: list[list[bool]], remark: str
 ) -> Encoded:
     labels = desirable(example.scores)
-    return Encoded(prompt, completions, masks, example.scores, example.weight, example.margin, labels, remark)
+    about = (example.scores, example.weight, example.margin, labels)
+    return Encoded(prompt, completions, masks, *about, remark=remark)
 
 
 def _refuse_reserved(example: Example, template: Template) -> None:
