@@ -15,7 +15,7 @@ and with ":0.5" after it half of its rows are used, with ":2" each twice. format
 
 Adding a dataset = adding one public function here, annotated `-> Rows`: it takes a split and a place, and
 yields an Example, or, for a row that is not wanted, the reason as a string, which is counted and printed.
-`--data NAME` finds it.
+`published` gives it its rows, formats.py reads most of them. `--data NAME` finds it.
 
 A fault of a file (no JSON, not UTF-8, cut off) is a ValueError that reads "file:line: what is wrong". Rows
 are read one at a time: memory does not grow with their number.
@@ -188,11 +188,11 @@ def oasst(split: str, source: str = "OpenAssistant/oasst1") -> Rows:
     Differs from HALOs, which makes pairs of neighbours in rank, those of two prompters too.
     """
     form = dict.fromkeys(("message_id", "message_tree_id", "role", "text", "lang"), str)
-    for _, group in groupby(published(source, split, form), key=lambda found: found[1]["message_tree_id"]):
+    for _, group in groupby(published(source, split, form), key=lambda item: item[1]["message_tree_id"]):
         tree = {message["message_id"]: (where, message) for where, message in group}
         answers = defaultdict(list)
         for _, message in tree.values():
-            kept = message["role"] == "assistant" and message["lang"] == "en" and not message.get("deleted")
+            kept = message["lang"] == "en" and not message.get("deleted")
             if kept and message.get("rank") is not None:
                 answers[message.get("parent_id")].append({"answer": message["text"], "rank": message["rank"]})
         for where, message in tree.values():
@@ -221,7 +221,7 @@ def _oasst_thread(message: dict[str, Any], tree: dict[str, tuple]) -> list[dict[
 
 def ultrabin(split: str, source: str = "HuggingFaceH4/ultrafeedback_binarized") -> Rows:
     """UltraFeedback as pairs (arXiv:2310.01377, 2310.16944): the best by GPT-4's score against one of the
-    others. Splits are train_prefs and test_prefs. Pairs with equal scores are kept, as the authors did."""
+    others. Splits are train_prefs and test_prefs. Pairs with equal scores are kept."""
     form = {"prompt": object, "chosen": list, "rejected": list}
     for where, row in published(source, f"{split}_prefs", form):
         yield _example(where, formats.pair, row["prompt"], row["chosen"], row["rejected"])
@@ -246,7 +246,7 @@ def helpsteer(split: str, source: str = "nvidia/HelpSteer2") -> Rows:
     "helpfulness" (0 to 4), which may be equal. The other four attributes, and the later annotations in the
     repository's folder preference, are not read."""
     found = published(source, split, {"prompt": str, "response": object, "helpfulness": int | float})
-    for prompt, group in groupby(found, key=lambda found: found[1]["prompt"]):
+    for prompt, group in groupby(found, key=lambda item: item[1]["prompt"]):
         places, answers = zip(*group)
         answers = sorted(answers, key=lambda row: -row["helpfulness"])
         lists = [[row[key] for row in answers] for key in ("response", "helpfulness")]

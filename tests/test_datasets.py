@@ -8,6 +8,7 @@ import gzip
 import inspect
 import json
 import os
+from pathlib import Path
 
 import datasets as hub
 import huggingface_hub
@@ -115,7 +116,7 @@ SHP_FILES = {
         comments("one", "a", "b", 1, 1.99),
         comments("one", "", "b", 1, 3.0),
         *[comments("many", f"a{i}", f"b{i}", 1, 4) for i in range(7)],
-        comments("one", "c", "d", 1, 2.0),
+        *[comments("one", f"c{i}", "d", 1, 2.0) for i in range(4)],
     ],
     "askculinary/validation.json": [comments("unread", "a", "b", 1, 2.0)],
     "askculinary/test.json": [comments("t", "a", "b", 0, 2.5), comments("t", "a", "b", 0, 1.5)],
@@ -130,7 +131,8 @@ SHP = {
         EMPTY,
         *[pair(f"{SHP_TRAIN}:{5 + i}", turns("many"), f"a{i}", f"b{i}") for i in range(5)],
         *["more than 5 pairs of one prompt"] * 2,
-        pair(f"{SHP_TRAIN}:12", turns("one"), "c", "d"),
+        *[pair(f"{SHP_TRAIN}:{12 + i}", turns("one"), f"c{i}", "d") for i in range(3)],
+        "more than 5 pairs of one prompt",
         "more than 5 pairs of one prompt",
         pair("legaladvice/train.json:2", turns("two"), "f", "e"),
     ],
@@ -160,7 +162,7 @@ TREES = [
     message("p1", None),
     message("a11", "p1", rank=1),
     message("p3", "a11", rank=1),
-    message("a31", "p3"),
+    message("a31", "p3", rank=0),
     message("p4", "a11", rank=0),
     message("a41", "p4", rank=0, text=" "),
     message("a42", "p4", rank=1),
@@ -318,6 +320,7 @@ def steered(prompt, response, helpfulness):
     return row | {"coherence": 4, "complexity": 1, "verbosity": 4 - helpfulness}
 
 
+TWICE = "q4\n<extra_id_1>User\nq5\n<extra_id_1>Assistant\nx"
 MULTI = "q2 \n\n<extra_id_1>Assistant\n x\ny\n<extra_id_1>User\nq3"
 HELPSTEER_FILES = {
     "train.jsonl.gz": [
@@ -325,8 +328,8 @@ HELPSTEER_FILES = {
         steered("q1", "better", 4),
         steered(MULTI, "a", 3),
         steered(MULTI, "b", 3),
-        steered("q4\n<extra_id_1>User\nq5", "a", 3),
-        steered("q4\n<extra_id_1>User\nq5", "b", 2),
+        steered(TWICE, "a", 3),
+        steered(TWICE, "b", 2),
         steered("q6\n<extra_id_1>Assistant\n", "a", 3),
         steered("q7", "a", 0),
         steered("q7", " ", 3),
@@ -462,6 +465,11 @@ def placed(rows, folder):
     return [row if isinstance(row, str) else row._replace(where=f"{folder}/{row.where}") for row in rows]
 
 
+def bare(rows):
+    """Rows without their places."""
+    return [row if isinstance(row, str) else row._replace(where="") for row in rows]
+
+
 def refused(source, split, *words):
     """One line that starts with the first of the words and holds the others."""
     with pytest.raises(ValueError) as caught:
@@ -499,24 +507,22 @@ def test_a_copy_of_the_repository_is_read_as_written_by_hand(tmp_path, name, spl
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_one_file_is_read_whatever_it_is_called(tmp_path, name):
-    # red: a file that must say its split; a folder in which train_prefs may not be called train
+def test_files_need_not_be_called_as_the_published_ones(tmp_path, name):
+    # red: train_prefs that may not be called train; a file that must say its split; alpacaeval's train split
     files, wanted, _ = DATASETS[name]
-    file = READS[name]
-    suffixes = file[file.rindex("/") + 1 :].split(".", 1)[1] if "/" in file else file.split(".", 1)[1]
-    write(tmp_path, {file: files[file]})
-    expected = [row for row in wanted["train"] if isinstance(row, Example) and row.where.startswith(file)]
-    for renamed in (tmp_path / f"mine.{suffixes}", tmp_path / "folder" / f"train.{suffixes}"):
-        renamed.parent.mkdir(exist_ok=True)
-        renamed.write_bytes((tmp_path / file).read_bytes())
-        place = tmp_path / "folder" if renamed.parent != tmp_path else renamed
-        if name == "alpacaeval" and place != renamed:
-            continue  # has no train split
-        found = [row for row in data.stream(f"{name}={place}", "train") if isinstance(row, Example)]
-        changed = [row._replace(where=row.where.replace(file, str(renamed))) for row in expected]
-        assert found[: len(changed)] == changed and changed
-    held_out = [row for row in data.stream(f"{name}={tmp_path / f'mine.{suffixes}'}", "test")]
-    assert [row for row in held_out if isinstance(row, Example)]
+    expected = [
+        row for row in wanted["train"] if isinstance(row, Example) and row.where.startswith(READS[name])
+    ]
+    suffix = {".gz": ".jsonl.gz", ".json": ".jsonl"}.get(Path(READS[name]).suffix, Path(READS[name]).suffix)
+    split = "eval" if name == "alpacaeval" else "train"
+    for place, file in ((f"mine{suffix}", f"mine{suffix}"), ("folder", f"folder/{split}-00000{suffix}")):
+        write(tmp_path, {file: files[READS[name]]})
+        found = [
+            row for row in data.stream(f"{name}={tmp_path}/{place}", "train") if isinstance(row, Example)
+        ]
+        assert all(row.where.startswith(f"{tmp_path}/{file}") for row in found)
+        assert expected and bare(found)[: len(expected)] == bare(expected)
+    assert bare(data.stream(f"{name}={tmp_path}/mine{suffix}", "test"))  # one file is every split
 
 
 MISSING = [(name, key) for name, (_, _, keys) in DATASETS.items() for key in keys.split()]
@@ -603,6 +609,14 @@ def test_a_split_that_is_not_there_is_an_error(tmp_path, source):
     refused(f"{source}={tmp_path}", "test", str(tmp_path), "no split 'test", "train")
 
 
+def test_a_folder_of_ones_own_is_read_whole(tmp_path):
+    # red: files which say no split left out, as they are where a published dataset is read
+    write(tmp_path, {name: [{"text": name}] for name in ("more.jsonl", "test.jsonl", "train.jsonl")})
+    for split, names in (("train", ["more.jsonl", "train.jsonl"]), ("test", ["test.jsonl"])):
+        expected = [text(name, name)._replace(where=f"{tmp_path}/{name}:1") for name in names]
+        assert list(data.stream(str(tmp_path), split)) == expected
+
+
 CARDS = {
     "oasst": {"train": OASST_TRAIN, "validation": OASST_TEST},
     "ultrabin": {name: BINARIZED.format(name) for name in ("train_prefs", "test_prefs", "train_sft")},
@@ -624,9 +638,7 @@ def test_a_copy_whose_card_names_its_files_is_read_as_the_hub_would(tmp_path, na
     for split in wanted:
         found = list(data.stream(f"{name}={tmp_path}", split))
         assert all(isinstance(row, str) or row.where.startswith(f"{tmp_path}[") for row in found)
-        assert [getattr(row, "_replace", lambda **_: row)(where="") for row in found] == [
-            row if isinstance(row, str) else row._replace(where="") for row in wanted[split]
-        ]
+        assert bare(found) == bare(wanted[split])
 
 
 def cached(folder, name, commit, contents):
@@ -663,8 +675,9 @@ def test_the_state_of_a_local_copy_is_that_of_its_files(tmp_path, name):
     states = [data.state(source, "train"), data.state(source, "test")]
     (path.parent / "empty").mkdir()
     assert data.state(source, "train") == states[0] != states[1]
-    path.write_bytes(b"damaged " + path.read_bytes())
+    os.utime(path, ns=(0, 0))
     states.append(data.state(source, "train"))
+    path.write_bytes(b"damaged " + path.read_bytes())
     os.utime(path, ns=(0, 0))
     states.append(data.state(source, "train"))
     write(tmp_path, {"more.jsonl": [{}]})
