@@ -237,8 +237,9 @@ def ultrafeedback_hybrid(split: str, source: str = "wzhouad/gemma-2-ultrafeedbac
 def nectar(split: str, source: str = "berkeley-nest/Nectar") -> Rows:
     """Nectar: seven answers a prompt, ranked by GPT-4. It has no split but train."""
     for where, row in published(source, split, {"prompt": str, "answers": object}):
-        turns = formats.dialogue(row["prompt"].rstrip().removesuffix("\n\nAssistant:"))
-        yield DISORDER if turns is None else _example(where, formats.nectar, turns, row["answers"])
+        found = _example(where, formats.nectar, row["prompt"], row["answers"])
+        first = found.prompt[0]["content"] if isinstance(found, Example) and found.prompt else ""
+        yield DISORDER if first.lstrip().startswith("Human:") else found  # left as it was: no dialogue
 
 
 def helpsteer(split: str, source: str = "nvidia/HelpSteer2") -> Rows:
