@@ -226,7 +226,7 @@ class Objective(NamedTuple):
 
     @property
     def compares(self) -> bool:
-        """Does it learn from the difference of two scores of a prompt, and from nothing else?"""
+        """Does it learn from the scores of a prompt's completions against each other alone?"""
         return bool(self.pairs) or "group" in self.needs
 
     @property
