@@ -320,6 +320,7 @@ span span:hover, rect:hover { outline: 1.5px solid var(--mark); }
 i { opacity: .5; font-style: normal; }
 @media (max-width: 36rem) {
   body { padding: 1.5rem 1rem; }
+  svg { font-size: 13px; }
   tr { display: grid; grid-template-columns: 1fr auto; padding: .3rem 0; border-top: 1px solid var(--line); }
   tr > *, tr + tr > * { padding: 0; border: 0; }
   tr > .note { grid-column: 1 / 3; }
@@ -332,8 +333,8 @@ $said
 <h2>Lengths</h2>
 <section>$figures</section>
 <h2>Examples</h2>
-<p>Tokens that are <span class="trained">trained</span>, <span class="untrained">not trained</span> within an
-answer, and <span class="prompt">of the prompt</span>. ↵ is a line break; point at a token for its id.</p>
+<p>Tokens: <span class="trained">trained</span>, <span class="untrained">not trained</span>,
+<span class="prompt">of the prompt</span>. Point at one for its id; ↵ is a line break.</p>
 $examples
 </html>
 """)
@@ -371,7 +372,7 @@ def _spans(pieces: list[Piece]) -> str:
 
 def _figure(histogram: Histogram) -> str:
     """Bars over lengths, both axes with a few round numbers."""
-    left, top, wide, high = 42, 22, 440, 170  # of the plot, in units of the view box
+    left, top, wide, high = 50, 24, 440, 170  # of the plot, in units of the view box
     bins, bottom, step = len(histogram.counts), top + high, _round(max(histogram.counts), 4)
     most = math.ceil(max(histogram.counts) / step) * step
     across = wide / bins  # a bar
