@@ -372,9 +372,10 @@ def _spans(pieces: list[Piece]) -> str:
 
 def _figure(histogram: Histogram) -> str:
     """Bars over lengths, both axes with a few round numbers."""
-    left, top, wide, high = 50, 24, 440, 170  # of the plot, in units of the view box
+    top, wide, high = 24, 440, 170  # of the plot, in units of the view box
     bins, bottom, step = len(histogram.counts), top + high, _round(max(histogram.counts), 4)
     most = math.ceil(max(histogram.counts) / step) * step
+    left = 12 + 8 * len(f"{most:,}")
     across = wide / bins  # a bar
     drawn = [f'<text class="name" y="10">{histogram.what}</text>']
     drawn += [f'<text x="{left + wide / 2}" y="{bottom + 34}">tokens</text>']
