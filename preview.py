@@ -372,10 +372,11 @@ def _spans(pieces: list[Piece]) -> str:
 
 def _figure(histogram: Histogram) -> str:
     """Bars over lengths, both axes with a few round numbers."""
-    top, wide, high = 24, 440, 170  # of the plot, in units of the view box
+    top, right, high = 24, 490, 170  # of the plot, in units of the view box
     bins, bottom, step = len(histogram.counts), top + high, _round(max(histogram.counts), 4)
     most = math.ceil(max(histogram.counts) / step) * step
     left = 12 + 8 * len(f"{most:,}")
+    wide = right - left
     across = wide / bins  # a bar
     drawn = [f'<text class="name" y="10">{histogram.what}</text>']
     drawn += [f'<text x="{left + wide / 2}" y="{bottom + 34}">tokens</text>']
@@ -390,7 +391,7 @@ def _figure(histogram: Histogram) -> str:
         said = f"{first:,} to {first + histogram.width - 1:,} tokens: {count:,}"
         box = f'x="{x + 1:.1f}" y="{bottom - tall:.1f}" width="{across - 2:.1f}" height="{tall:.1f}"'
         drawn += [f"<rect {box}><title>{said}</title></rect>"] * (count > 0)
-    box = f'viewBox="0 0 {left + wide + 16} {bottom + 40}" role="img" aria-label="{histogram.what} by tokens"'
+    box = f'viewBox="0 0 {right + 16} {bottom + 40}" role="img" aria-label="{histogram.what} by tokens"'
     return f"<figure><svg {box}>{''.join(drawn)}</svg><figcaption>{histogram.note}</figcaption></figure>"
 
 
