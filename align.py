@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import attention
+import arrays
 import batch
 import chat
 import checkpoint
@@ -33,6 +34,7 @@ import encode
 import fsdp
 import losses
 import model
+import ranking
 import store
 import vocab
 from arrays import Store
@@ -93,9 +95,9 @@ def load_examples(
 ) -> Store:
     """Read and encode, or take from the cache; says what was left out and why. Raises ValueError if nothing
     is left."""
-    select = encode.usable_feedback
+    select = ranking.usable_feedback
     if objective.pairs:
-        select = functools.partial(encode.usable_pair, pairs=objective.pairs)
+        select = functools.partial(ranking.usable_pair, pairs=objective.pairs)
     encoder = encode.encode_rendered if objective.scores else encode.encode
     how = store.Encoding(select, encoder, tokenizer, args.max_length, args.max_prompt_length, template)
     options = {"cache": args.token_cache, "strict": args.strict_data, "seed": args.seed}
@@ -285,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluated = []
         if held_out:
             evaluated = load_examples(held_out, "test", tokenizer, template, objective, args, say)
-        evaluated = encode.subset(evaluated, args.eval_examples)
+        evaluated = arrays.subset(evaluated, args.eval_examples)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(args.model, torch.float32, *options, reward_model=objective.scores)

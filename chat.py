@@ -188,7 +188,7 @@ def around(
 
 def ids(tokenizer: Any, text: str) -> list[int]:
     """Of a beginning: what the tokenizer makes of it, no special token added."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
 def ids_within(tokenizer: Any, text: str, template: Template) -> list[int]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import attention
+import arrays
 import batch
 import chat
 import checkpoint
@@ -31,6 +32,7 @@ import encode
 import fsdp
 import losses
 import model
+import ranking
 import store
 import vocab
 from arrays import Store
@@ -79,9 +81,9 @@ def load_examples(
 ) -> Store:
     """Read and encode, or take from the cache, of every example the best completion, or all with their
     control tokens; says what was left out and why. Raises ValueError."""
-    select, encoder = encode.best_completion, encode.encode_turns
+    select, encoder = ranking.best_completion, encode.encode_turns
     if args.method == "csft":
-        select, encoder = encode.usable_feedback, encode.encode_conditioned
+        select, encoder = ranking.usable_feedback, encode.encode_conditioned
     how = store.Encoding(select, encoder, tokenizer, args.max_length, args.max_prompt_length, template)
     options = {"cache": args.token_cache, "strict": args.strict_data, "seed": args.seed}
     return store.load(sources, split, how, say=say, **options)
@@ -148,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train = load_examples(args.data, "train", tokenizer, template, args, say)
         held_out = data.held_out(args.data, args.eval_data)
         evaluated = load_examples(held_out, "test", tokenizer, template, args, say) if held_out else []
-        evaluated = encode.subset(evaluated, args.eval_examples)
+        evaluated = arrays.subset(evaluated, args.eval_examples)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(

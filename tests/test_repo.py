@@ -152,13 +152,3 @@ def test_no_reader_of_pickles_and_no_code_from_the_hub():
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         assert "torch.load(" not in source
         assert not re.search(r"trust_remote_code=True|use_safetensors=False", source)
-
-
-def test_every_link_and_file_in_the_readme_exists():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"\]\((?!http|#)([^)#]+)\)", readme):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(
-        r"`((?:tests|bench|configs|examples)/[\w./-]+\.(?:py|toml|jsonl|md|png))`", readme
-    ):
-        assert (ROOT / path).exists(), path
