@@ -37,6 +37,7 @@ import chat
 import config
 import encode
 import model
+import ranking
 import sft
 from arrays import Store
 from objective import make_objective
@@ -127,7 +128,7 @@ def measure(data: Data, args: argparse.Namespace) -> tuple[list[tuple[str, str, 
     trained = cut = 0
     for example in data.train:
         prompt, sizes = len(example.prompt), [len(ids) for ids in example.completions]
-        groups = encode.pair_indices(example.scores, data.pairs) if data.pairs else [range(len(sizes))]
+        groups = ranking.pair_indices(example.scores, data.pairs) if data.pairs else [range(len(sizes))]
         rows.append([prompt + sizes[index] for group in groups for index in group])
         prompts.append(prompt)
         answers += sizes
@@ -198,7 +199,7 @@ def _texts(data: Data, example: encode.Encoded) -> Texts:
     texts = [(f"prompt: {len(kinds):,} tokens", _pieces(data, [], example.prompt, kinds))] * bool(kinds)
     roles = [["desirable"] if label else ["undesirable"] for label in example.labels]
     if data.pairs:
-        chosen, rejected = zip(*encode.pair_indices(example.scores, data.pairs))
+        chosen, rejected = zip(*ranking.pair_indices(example.scores, data.pairs))
         roles = [["chosen"] * (k in chosen) + ["rejected"] * (k in rejected) for k in range(len(roles))]
     for number, (ids, trained) in enumerate(zip(example.completions, example.trained)):
         said = f"{' and '.join(roles[number])}, score {example.scores[number]:g}, " * data.labelled

@@ -21,6 +21,7 @@ import chat
 import data
 import encode
 import preview
+import ranking
 import store
 
 TINY = str(ROOT / "examples" / "tiny")
@@ -302,7 +303,7 @@ def test_brackets_mark_exactly_the_trained_tokens(seen, write, tokenizer):
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
     out = seen(*write(row, {"text": "plain text"}, {"text": "more plain text"}), "--max-length", 1024)
     template = chat.chat_template(tokenizer, None)
-    examples = [encode.best_completion(example) for example in data.load("rows.jsonl", "train")[0]]
+    examples = [ranking.best_completion(example) for example in data.load("rows.jsonl", "train")[0]]
     one, _, other = [encode.encode_turns(example, tokenizer, 1024, 512, template) for example in examples]
     assert [text for _, text in texts(out)] == [
         tokenizer.decode(one.prompt),

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "sft": EVERYTHING - {"objective"},
     "align": EVERYTHING,
     # align and sft: for their own parse_args and load_examples, lest the preview differs from the training
-    "preview": {"align", "arrays", "batch", "chat", "config", "encode", "model", "objective", "sft"},
+    "preview": {"align", "sft"}
+    | {"arrays", "batch", "chat", "config", "encode", "model", "objective", "ranking"},
     "plot": set(),
     "losses": set(),
     "risk": set(),
