@@ -154,7 +154,7 @@ def rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     if len(suffixes) > 2:
         raise ValueError(f"{source}: at most a configuration and a split may follow a name")
     if Path(path).is_file():
-        yield from files.rows(Path(path), suffixes[0] if suffixes else split)
+        yield from files.rows(Path(path), split, *suffixes[:1])
     elif Path(path).is_dir():
         yield from _folder_rows(Path(path), suffixes, split)
     elif files.suffix(Path(path)) in files.SUFFIXES or path.startswith((".", os.sep, "~")):
