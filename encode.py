@@ -305,7 +305,7 @@ def _encode_completion(
         history = conversation[:index]
         if index > first:
             opened = chat.render(tokenizer, history, template, True, rendering)
-        elif not history:
+        elif not history and not open_turn:
             opened = chat.around(tokenizer, [turn], template, False, rendering)[0]
         between = chat.ids_within(tokenizer, _added(done, opened, REWRITES), template)
         closed = chat.render(tokenizer, [*history, turn], template, False, rendering)
