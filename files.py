@@ -45,6 +45,8 @@ def rows(path: Path, split: str, named: str | None = None) -> Iterator[tuple[str
     kind = suffix(path)
     if kind not in SUFFIXES:
         raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)} (with .gz or .zst)")
+    if named is not None and kind not in JSON:
+        raise ValueError(f"{path}: no split {named!r}: a table has none")
     if kind == ".parquet":
         yield from _parquet_rows(path)
         return
@@ -141,10 +143,12 @@ def _lines(path: Path, pieces: Iterator[str]) -> Iterator[str]:
 def _json_rows(path: Path, file: BinaryIO, split: str, named: str | None) -> Iterator[tuple[str, Any]]:
     """Rows of JSON: values one after another, the items of one list, or of the list in one object."""
     scan = Scan(path, _text(path, file))
-    if scan.peek() == "[":
-        yield from _items(scan)
-    elif scan.peek() == "{":
+    if scan.peek() == "{":
         yield from _first_object(scan, split, named)
+    elif named is not None:
+        raise ValueError(f"{path}: no split {named!r}: it is one list")
+    elif scan.peek() == "[":
+        yield from _items(scan)
     while scan.peek():
         yield f"{path}:{scan.line}", scan.value()
 
@@ -163,8 +167,8 @@ def _items(scan: "Scan") -> Iterator[tuple[str, Any]]:
 def _first_object(scan: "Scan", split: str, named: str | None) -> Iterator[tuple[str, Any]]:
     """The first object of a file, key by key, for it may wrap a list that is too long to hold: the rows of
     that list, or the object as a row."""
-    wanted = {*((named,) if named else SPLITS.get(split, (split,))), *WRAPPERS}
-    lists = {*wanted, *(name for names in SPLITS.values() for name in names)}
+    wanted = {*SPLITS.get(split, (split,)), *WRAPPERS} if named is None else {named}
+    lists = {*wanted, *WRAPPERS, *(name for names in SPLITS.values() for name in names)}
     begin, line, row, held = scan.gone, scan.line, {}, []
     scan.take("{")
     while scan.peek() != "}":
@@ -186,10 +190,11 @@ def _first_object(scan: "Scan", split: str, named: str | None) -> Iterator[tuple
         else:
             scan.check(scan.gone + 1 - begin)
     scan.take("}")
-    if not held:
+    if named is None and not held:
         yield f"{scan.path}:{line}", row
     elif not wanted.intersection(held):
-        raise ValueError(f"{scan.path}: no split {named or split!r}; it has {', '.join(held)}")
+        wrong = split if named is None else named
+        raise ValueError(f"{scan.path}: no split {wrong!r}; it has {', '.join(held) or 'none'}")
 
 
 @dataclass

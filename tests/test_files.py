@@ -133,6 +133,22 @@ def test_two_lists_of_one_split_are_not_mixed(tmp_path):
         assert [row for _, row in found] == rows
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", LINES),
+        ("a.json", dumped(ROWS)),
+        ("a.json", dumped({"data": ROWS})),
+        ("a.csv", "text\na\n"),
+    ],
+)
+def test_a_split_that_is_named_is_not_passed_over(tmp_path, name, text):
+    # red: every row, whatever was named
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{name}: no split 'easy'"):
+        list(files.rows(tmp_path / name, "train", "easy"))
+
+
 # Tables.
 
 
