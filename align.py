@@ -93,9 +93,8 @@ def load_examples(
 ) -> Store:
     """Read and encode, or take from the cache; says what was left out and why. Raises ValueError if nothing
     is left."""
-    select = encode.usable_feedback
-    if objective.pairs:
-        select = functools.partial(encode.usable_pair, pairs=objective.pairs)
+    pairs = functools.partial(encode.usable_pair, pairs=objective.pairs)
+    select = pairs if objective.pairs else encode.usable_feedback
     encoder = encode.encode_rendered if objective.scores else encode.encode
     how = store.Encoding(select, encoder, tokenizer, args.max_length, args.max_prompt_length, template)
     options = {"cache": args.token_cache, "strict": args.strict_data, "seed": args.seed}
