@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import arrays
 import attention
 import batch
 import chat
@@ -33,9 +34,9 @@ import encode
 import fsdp
 import losses
 import model
+import ranking
 import store
 import vocab
-from arrays import Store
 from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start
 from objective import make_objective, means, resolve, statistics, tally
 
@@ -90,11 +91,11 @@ def load_examples(
     objective: Objective,
     args: argparse.Namespace,
     say: Callable,
-) -> Store:
+) -> arrays.Store:
     """Read and encode, or take from the cache; says what was left out and why. Raises ValueError if nothing
     is left."""
-    pairs = functools.partial(encode.usable_pair, pairs=objective.pairs)
-    select = pairs if objective.pairs else encode.usable_feedback
+    pairs = functools.partial(ranking.usable_pair, pairs=objective.pairs)
+    select = pairs if objective.pairs else ranking.usable_feedback
     encoder = encode.encode_rendered if objective.scores else encode.encode
     how = store.Encoding(select, encoder, tokenizer, args.max_length, args.max_prompt_length, template)
     options = {"cache": args.token_cache, "strict": args.strict_data, "seed": args.seed}
@@ -237,9 +238,8 @@ def evaluate(
     """Means over the held-out examples, all ranks together."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
-    partners = None
-    if objective.mismatches:
-        partners = batch.partners([example.prompt_key for example in examples], range(len(examples)))
+    keys = [example.prompt_key for example in examples]
+    partners = batch.partners(keys, range(len(keys))) if objective.mismatches else None
     works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
     packs, strangers = make_packs(objective, examples, works, partners, args, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluated = []
         if held_out:
             evaluated = load_examples(held_out, "test", tokenizer, template, objective, args, say)
-        evaluated = encode.subset(evaluated, args.eval_examples)
+        evaluated = arrays.subset(evaluated, args.eval_examples)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(args.model, torch.float32, *options, reward_model=objective.scores)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
+import torch
 
 from encode import Encoded
 
@@ -128,6 +129,12 @@ class Chained:
         part = int(np.searchsorted(self.borders, span.start, "right")) - 1
         begin = self.borders[part]
         return self.parts[part][span.start - begin : span.stop - begin]
+
+
+def subset(examples: Sequence[Encoded], size: int) -> list[Encoded]:
+    """The same `size` examples in every run, whatever its seed."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+    return [examples[index] for index in sorted(order[:size])]
 
 
 def joined(stores: Sequence[Store]) -> Store:

@@ -1,4 +1,4 @@
-"""From an Example to token ids: truncation, trained masks, which completions are compared.
+"""From an Example to token ids: truncation and trained masks.
 
     encode             Example -> Encoded (token ids; the prompt once, each completion with its trained mask)
     encode_turns       the same for conversations that are all trained: one group, or one a turn
@@ -14,17 +14,20 @@ Left out: images; templates that need more than turns, tools and the row's own "
 
 import os
 import re
-from itertools import combinations
+from collections import deque
 from typing import Any, Callable, NamedTuple, Sequence
-
-import torch
 
 import chat
 from chat import Template
-from formats import Example, Turn
+from formats import Example
+from ranking import desirable
+from values import Turn
 
 REWRITES = "the chat template rewrites earlier turns when a turn is added"
-NO_BEGINNING = "the chat template writes the prompt otherwise when an answer follows"
+NO_BEGINNING = (
+    "the chat template does not write the answer where its generation prompt leaves off (a thought that is "
+    "opened there, and that the answer lacks or the template drops?)"
+)
 SAME = "the answers are the same once encoded"
 MERGED = "its system turn opens the first user turn, for the chat template has none"
 
@@ -58,7 +61,12 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    example: Example, tokenizer: Any, max_length: int, max_prompt_length: int, template: Template
+    example: Example,
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    template: Template,
+    opened: tuple[str, list[int]] | None = None,
 ) -> Encoded | str:
     """Token ids of an example, at most max_length for the prompt and one completion together; or the reason
     why it cannot be used.
@@ -66,10 +74,11 @@ def encode(
     The prompt is rendered and tokenised once. Too long a prompt loses its oldest turns (never the system
     turn), then the beginning of its last turn; what the template writes before that turn (BOS, system, role)
     stays. A prompt that ends with an assistant turn is continued. A completion is the text the template adds
-    to the prompt's, its end of turn included, and is cut on the right.
+    to the prompt's, its end of turn included, and is cut on the right. `opened` is the text and the ids of a
+    prompt that is known to fit.
     """
     try:
-        return _encode(example, tokenizer, max_length, max_prompt_length, template)
+        return _encode(example, tokenizer, max_length, max_prompt_length, template, opened)
     except ValueError as error:
         return str(error)
 
@@ -84,13 +93,28 @@ def encode_turns(
     found = encode(example, *limits)
     if found != REWRITES or len(example.completions) > 1:
         return found
-    turns = example.completions[0]
+    turns = [*example.prompt, *example.completions[0]]
+    system, starts = _whole_turns(turns)
+    later = deque(starts)
+    start = 0  # of what still fits: it only moves on, so that a long conversation takes time in proportion
     groups = []
-    for index, turn in enumerate(turns):
-        if turn["role"] == "assistant" and (index == 0 or turns[index - 1]["role"] != "assistant"):
-            history = [*example.prompt, *turns[:index]]
-            one = example._replace(prompt=history, completions=[[turn]])
-            groups.append(encode(one, *limits))
+    for index in range(len(example.prompt), len(turns)):
+        if turns[index]["role"] != "assistant" or (index and turns[index - 1]["role"] == "assistant"):
+            continue
+        while True:
+            one = example._replace(
+                prompt=[*system, *turns[start:index]] if start else turns[:index],
+                completions=[[turns[index]]],
+            )
+            try:
+                opened = _opened(one, tokenizer, max_prompt_length, template)
+            except ValueError as error:
+                groups.append(str(error))
+                break
+            if opened or not later or later[0] >= index:
+                groups.append(encode(one, *limits, opened))
+                break
+            start = later.popleft()
     usable = [group for group in groups if isinstance(group, Encoded)]
     return usable or groups[0]
 
@@ -157,12 +181,18 @@ def encode_rendered(
 
 
 def _encode(
-    example: Example, tokenizer: Any, max_length: int, max_prompt_length: int, template: Template
+    example: Example,
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    template: Template,
+    opened: tuple[str, list[int]] | None,
 ) -> Encoded | str:
     if not example.completions:
         return "it has no answer"
     _refuse_reserved(example, template)
-    prompt_text, prompt = _encode_prompt(example, tokenizer, max_prompt_length, template)
+    opened = opened or _opened(example, tokenizer, max_prompt_length, template)
+    prompt_text, prompt = opened or _cut_prompt(example, tokenizer, max_prompt_length, template)
     if len(prompt) > max_prompt_length:
         return "nothing of the prompt fits"
     budget = max(0, max_length - len(prompt))
@@ -235,33 +265,37 @@ def _first_that_fits(starts: Sequence[int], attempt: Callable[[int], Any]) -> An
     return found
 
 
-def _encode_prompt(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]]:
-    """The prompt's whole text, and its ids cut to at most `limit` (more only if not even the frame fits)."""
-    turns = example.prompt
-    if not turns:
+def _opened(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]] | None:
+    """The text and ids that sampling would start from; None if there are more than `limit`. Raises
+    ValueError."""
+    if not example.prompt:
         return "", [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    text = chat.opening(tokenizer, turns, template, example.rendering)
-    for tool in example.rendering.get("tools", ()):
-        if _name(tool) not in text:
-            raise ValueError("the chat template does not write the tools")
+    text = chat.opening(tokenizer, example.prompt, template, example.rendering)
+    if any(_name(tool) not in text for tool in example.rendering.get("tools", ())):
+        raise ValueError("the chat template does not write the tools")
+    if len(text) > limit * template.longest:
+        return None
+    ids = chat.ids(tokenizer, text)
+    return (text, ids) if len(ids) <= limit else None
+
+
+def _cut_prompt(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]]:
+    """The whole text of a prompt that is too long, and its ids cut to at most `limit` (more only if not even
+    the frame of its last turn fits)."""
+    turns, rendering = example.prompt, example.rendering
+    text = chat.opening(tokenizer, turns, template, rendering)
     system, starts = _whole_turns(turns)
+    starts = starts if len(turns) - 1 in [0, *starts] else [*starts, len(turns) - 1]
 
-    def shortened(start: int) -> list[int] | None:
-        """The prompt from `start`; None if that is too long."""
-        kept = [*system, *turns[start:]]
-        shorter = text if start == 0 else chat.opening(tokenizer, kept, template, example.rendering)
-        ids = chat.ids(tokenizer, shorter) if len(shorter) <= limit * template.longest else None
-        return ids if ids is not None and len(ids) <= limit else None
+    def shortened(start: int) -> tuple[str, list[int]] | None:
+        return _opened(example._replace(prompt=[*system, *turns[start:]]), tokenizer, limit, template)
 
-    starts = [0, *starts] if len(turns) - 1 in [0, *starts] else [0, *starts, len(turns) - 1]
-    ids = _first_that_fits(starts, shortened)
-    if ids is not None:
-        return text, ids
+    found = _first_that_fits(starts, shortened)
+    if found is not None:
+        return text, found[1]
     generation = turns[-1]["role"] != "assistant"
-    kept = [*system, turns[-1]]
-    before, after = chat.around(tokenizer, kept, template, generation, example.rendering)
-    after = after if generation else ""
-    frame = [chat.ids(tokenizer, before), chat.ids_within(tokenizer, after, template)]
+    before, after = chat.around(tokenizer, [*system, turns[-1]], template, generation, rendering)
+    frame = [chat.ids(tokenizer, before), chat.ids_within(tokenizer, after if generation else "", template)]
     room = limit - len(frame[0]) - len(frame[1])
     if room <= 0:
         return text, [0] * (limit + 1)
@@ -317,16 +351,22 @@ def _encode_completion(
         answer = closed.rstrip() if ends_itself else closed[: len(closed) - len(ending)]
         added = _added(opened, answer, NO_BEGINNING)
         said = turn["content"][len(open_turn[0]["content"]) if open_turn and index == first else 0 :]
-        remark = remark or _change(said, turn.get("tool_calls", ()), added, ending)
+        tail = closed[max(0, len(opened) - len(said)) :]  # the generation prompt may open the answer
+        remark = remark or _change(said, turn.get("tool_calls", ()), added, tail, ending)
         learned = chat.first_ids(tokenizer, added, room, template)
         if not ends_itself:
             learned = chat.ended(learned, tokenizer, template)
         ids += between + learned
-        trained += [False] * len(between) + [True] * len(learned)
+        trained += [False] * len(between) + [_is_trained(turn)] * len(learned)
         done = opened + added
         if len(ids) >= room:
             break
     return ids, trained, remark
+
+
+def _is_trained(turn: Turn) -> bool:
+    """Not if the row says so of this turn, by any of the names that tools have for it."""
+    return all(turn.get(key, True) not in (0, False) for key in ("weight", "train", "loss"))
 
 
 def _added(before: str, after: str, otherwise: str) -> str:
@@ -335,16 +375,16 @@ def _added(before: str, after: str, otherwise: str) -> str:
     return after[len(before) :]
 
 
-def _change(said: str, calls: Sequence[dict[str, Any]], written: str, ending: str) -> str:
+def _change(said: str, calls: Sequence[dict[str, Any]], written: str, tail: str, ending: str) -> str:
     """A remark if the template leaves out some of what a turn says. Raises ValueError if it leaves out all,
     or a call of a tool."""
     if any(_name(call) not in written for call in calls):
         raise ValueError("the chat template does not write tool_calls")
-    if said in written:
+    if said in tail:
         return ""
     if not written.removesuffix(ending.rstrip()).strip():
         raise ValueError("the chat template writes nothing of an answer")
-    if "".join(said.split()) in "".join(written.split()):
+    if "".join(said.split()) in "".join(tail.split()):
         return ""
     return "the chat template leaves out or changes a part of an answer"
 
@@ -360,61 +400,3 @@ def stop_ids(examples: Sequence[Encoded], template: Template) -> list[int]:
     some = [examples[index] for index in range(min(len(examples), 256))]
     ends = {ids[-1] for example in some for ids in example.completions}
     return sorted(ends & template.special_ids)
-
-
-# ---- which completions train
-# ------------------------------------------------------------------------------------------------
-
-
-def subset(examples: Sequence[Encoded], size: int) -> list[Encoded]:
-    """The same `size` examples in every run, whatever its seed."""
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-    return [examples[index] for index in sorted(order[:size])]
-
-
-def pair_indices(scores: Sequence[float], pairs: str) -> list[tuple[int, int]]:
-    """(better, worse) of a ranked list: "best-worst" one pair, "adjacent" neighbours in rank, "all" any two.
-
-    Equal scores make no pair. Raises ValueError for another word.
-    """
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    if pairs not in ("best-worst", "adjacent", "all"):
-        raise ValueError(f"--pairs must be best-worst, adjacent or all, got {pairs}")
-    ends = [(order[0], order[-1])]
-    found = {"best-worst": ends, "adjacent": zip(order, order[1:]), "all": combinations(order, 2)}[pairs]
-    return [(better, worse) for better, worse in found if scores[better] > scores[worse]]
-
-
-def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str:
-    """The example with the completions that some pair compares, or the reason why there is no pair."""
-    if not example.completions:
-        return "it has no answer"
-    compared = pair_indices(example.scores, pairs)
-    if not compared:
-        return "no completion is the better one"
-    used = sorted({index for pair in compared for index in pair})
-    completions = [example.completions[index] for index in used]
-    return example._replace(completions=completions, scores=[example.scores[index] for index in used])
-
-
-def usable_feedback(example: Example) -> Example | str:
-    """The example, or the reason why its completions are not known to be good or bad."""
-    return example if example.labelled else "it has no label"
-
-
-def desirable(scores: Sequence[float]) -> list[bool]:
-    """The label of each completion of a prompt: several are compared with the mean of their scores, one alone
-    (or several of the same score) with 0."""
-    middle = sum(scores) / len(scores) if len(set(scores)) > 1 else 0.0
-    return [score > middle for score in scores]
-
-
-def best_completion(example: Example) -> Example | str:
-    """The example with its highest-scored completion alone, for supervised fine-tuning, or the reason why
-    none is worth it."""
-    if not example.completions:
-        return "it has no answer"
-    if not any(desirable(example.scores)):
-        return "labelled undesirable" if len(example.scores) == 1 else "no completion is the better one"
-    best = max(range(len(example.scores)), key=lambda index: example.scores[index])
-    return example._replace(completions=[example.completions[best]], scores=[example.scores[best]])

@@ -26,23 +26,10 @@ Left out: images and audio.
 
 import functools
 import inspect
-import json
 from typing import Any, Callable, NamedTuple, Sequence
 
-Turn = dict[str, Any]
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
-    "chatgpt": "assistant", "function_call": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "ipython": "tool",
-}  # fmt: skip
-# Parameters of transformers' own method, which a row must not set.
-RESERVED = {
-    "conversation", "messages", "tokenize", "chat_template", "add_generation_prompt", "tools",
-    "continue_final_message", "return_tensors", "return_dict", "padding", "truncation", "max_length",
-    "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
-}  # fmt: skip
+import values
+from values import Turn
 
 
 class Example(NamedTuple):
@@ -96,12 +83,12 @@ def unread_keys(row: dict[str, Any]) -> set[str]:
 def unusable(example: Example) -> str:
     """What is wrong with the texts of an example, or an empty string."""
     for turn in example.prompt:
-        if fault := _text_fault(turn, "a turn of the prompt"):
+        if fault := values.text_fault(turn, "a turn of the prompt"):
             return fault
     for completion in example.completions:
         turns = [{"content": completion}] if isinstance(completion, str) else completion
         for turn in turns:
-            if fault := _text_fault(turn, "an answer"):
+            if fault := values.text_fault(turn, "an answer"):
                 return fault
     return ""
 
@@ -112,8 +99,10 @@ def unusable(example: Example) -> str:
 
 def pair(prompt, chosen, rejected) -> Example | str:
     """TRL's explicit prompt, ours, UltraFeedback binarized (whose answers are whole conversations)."""
-    answers = [_turns_or_text(value, key) for value, key in ((chosen, "chosen"), (rejected, "rejected"))]
-    said = _prompt(prompt)
+    answers = [
+        values.text_or_turns(value, key) for value, key in ((chosen, "chosen"), (rejected, "rejected"))
+    ]
+    said = values.prompt(prompt)
     if any(
         isinstance(answer, list) and answer[:1] and answer[0]["role"] != "assistant" for answer in answers
     ):
@@ -130,10 +119,12 @@ def pair(prompt, chosen, rejected) -> Example | str:
 def implicit_pair(chosen, rejected, messages=None) -> Example | str:
     """Two conversations: what they have in common, in whole turns, is the prompt (TRL, OpenRLHF, ms-swift);
     or two of Anthropic's dialogues as strings."""
-    both = [_turns_or_text(value, key) for value, key in ((chosen, "chosen"), (rejected, "rejected"))]
+    both = [values.text_or_turns(value, key) for value, key in ((chosen, "chosen"), (rejected, "rejected"))]
     if messages is not None and all(isinstance(value, (str, dict)) for value in (chosen, rejected)):
         return Example(
-            _turns(messages, "messages"), _answers({"chosen": chosen, "rejected": rejected}), [1.0, 0.0]
+            values.turn_list(messages, "messages"),
+            _answers({"chosen": chosen, "rejected": rejected}),
+            [1.0, 0.0],
         )
     if all(isinstance(text, str) for text in both):
         if not all(text.lstrip().startswith("Human:") for text in both):
@@ -158,7 +149,7 @@ def ranked_list(prompt, completions, scores) -> Example | str:
     """Ours: a list of answers and one of scores, higher is better."""
     if not isinstance(completions, list) or not isinstance(scores, list) or len(completions) != len(scores):
         raise ValueError('"completions" and "scores" must be lists of one length')
-    return _scored(_prompt(prompt), completions, scores)
+    return _scored(values.prompt(prompt), completions, scores)
 
 
 def ultrafeedback(instruction, completions) -> Example | str:
@@ -169,19 +160,19 @@ def ultrafeedback(instruction, completions) -> Example | str:
         _value(answer, "overall_score" if answer.get("overall_score") is not None else "fine-grained_score")
         for answer in answers
     ]
-    return _scored(_prompt(instruction), [_value(answer, "response") for answer in answers], scores)
+    return _scored(values.prompt(instruction), [_value(answer, "response") for answer in answers], scores)
 
 
 def nectar(prompt, answers) -> Example | str:
     """Nectar: up to seven answers, "rank" 1 the best."""
     found = _records(answers, "answers")
-    ranks = [-_number(_value(answer, "rank"), "rank") for answer in found]
-    return _scored(_prompt(prompt), [_value(answer, "answer") for answer in found], ranks)
+    ranks = [-values.number(_value(answer, "rank"), "rank") for answer in found]
+    return _scored(values.prompt(prompt), [_value(answer, "answer") for answer in found], ranks)
 
 
 def shp(history, human_ref_A, human_ref_B, labels) -> Example | str:
     """Stanford Human Preferences: labels 1 if A is preferred."""
-    return _pair_of(_prompt(history), human_ref_A, human_ref_B, _label(labels, "labels"))
+    return _pair_of(values.prompt(history), human_ref_A, human_ref_B, values.label(labels, "labels"))
 
 
 def orca_pair(question, chosen, rejected) -> Example | str:
@@ -196,19 +187,21 @@ def input_pair(input, chosen, rejected) -> Example | str:
 
 def alpaca_pair(instruction, chosen, rejected, input=None, history=None) -> Example | str:
     """LLaMA-Factory, alpaca form."""
-    return pair(_alpaca(instruction, input, history), chosen, rejected)
+    return pair(values.instruction(instruction, input, history), chosen, rejected)
 
 
 def sharegpt_pair(conversations, chosen, rejected) -> Example | str:
     """LLaMA-Factory, sharegpt form: the conversation so far, and two turns that could follow."""
     return Example(
-        _turns(conversations, "conversations"), _answers({"chosen": chosen, "rejected": rejected}), [1.0, 0.0]
+        values.turn_list(conversations, "conversations"),
+        _answers({"chosen": chosen, "rejected": rejected}),
+        [1.0, 0.0],
     )
 
 
 def swift_pair(messages, rejected_response) -> Example | str:
     """ms-swift: a conversation whose last turn is the chosen one, and the rejected answer."""
-    turns = _turns(messages, "messages")
+    turns = values.turn_list(messages, "messages")
     if not turns or turns[-1]["role"] != "assistant":
         raise ValueError('"messages" must end with the chosen assistant turn')
     answers = {"messages": turns[-1:], "rejected_response": rejected_response}
@@ -222,15 +215,15 @@ def swift_messages_pair(messages, rejected_messages) -> Example | str:
 
 def swift_query_pair(query, response, rejected_response, history=None) -> Example | str:
     """ms-swift before version 3."""
-    return pair(_alpaca(query, None, history), response, rejected_response)
+    return pair(values.instruction(query, None, history), response, rejected_response)
 
 
 def halos_pair(prompt, output_A, output_B, label, reward_A=None, reward_B=None) -> Example | str:
     """HALOs' pairwise_feedback: label 1 if A is better; the rewards are kept if they say the same."""
-    found = _pair_of(_prompt(prompt), output_A, output_B, _label(label, "label"))
-    rewards = [_number(reward, "reward") for reward in (reward_A, reward_B) if reward is not None]
+    found = _pair_of(values.prompt(prompt), output_A, output_B, values.label(label, "label"))
+    rewards = [values.number(reward, "reward") for reward in (reward_A, reward_B) if reward is not None]
     ordered = sorted(rewards, reverse=True)
-    agree = len(set(rewards)) == 2 and (rewards == ordered) == _label(label, "label")
+    agree = len(set(rewards)) == 2 and (rewards == ordered) == values.label(label, "label")
     return found._replace(scores=ordered) if agree else found
 
 
@@ -240,17 +233,17 @@ def halos_pair(prompt, output_A, output_B, label, reward_A=None, reward_B=None) 
 
 def labelled(prompt, completion, label) -> Example | str:
     """TRL's unpaired preference, ours: desirable or not."""
-    return _labelled(_prompt(prompt), completion, label, "label")
+    return _labelled(values.prompt(prompt), completion, label, "label")
 
 
 def scored(prompt, completion, score) -> Example | str:
     """One answer and its score."""
-    return _scored(_prompt(prompt), [completion], [score])
+    return _scored(values.prompt(prompt), [completion], [score])
 
 
 def alpaca_kto(instruction, output, kto_tag, input=None, history=None) -> Example | str:
     """LLaMA-Factory's KTO rows, alpaca form."""
-    return _labelled(_alpaca(instruction, input, history), output, kto_tag, "kto_tag")
+    return _labelled(values.instruction(instruction, input, history), output, kto_tag, "kto_tag")
 
 
 def sharegpt_kto(conversations, kto_tag) -> Example | str:
@@ -270,17 +263,17 @@ def swift_kto(messages, label) -> Example | str:
 
 def halos_binary(prompt, output, label, reward=None) -> Example | str:
     """HALOs' binary_feedback; the label counts, its reward does not."""
-    return _labelled(_prompt(prompt), output, label, "label")
+    return _labelled(values.prompt(prompt), output, label, "label")
 
 
 def halos_scalar(prompt, output, reward) -> Example | str:
     """HALOs' samples and scalar feedback: one answer and its reward."""
-    return _scored(_prompt(prompt), [output], [reward])
+    return _scored(values.prompt(prompt), [output], [reward])
 
 
 def openrlhf_kto(input, output, label) -> Example | str:
     """OpenRLHF's unpaired rows."""
-    return _labelled(_prompt(input), output, label, "label")
+    return _labelled(values.prompt(input), output, label, "label")
 
 
 # ---- answers alone
@@ -289,27 +282,27 @@ def openrlhf_kto(input, output, label) -> Example | str:
 
 def completion(prompt, completion) -> Example | str:
     """TRL's prompt-completion, ours."""
-    return _unlabelled(_prompt(prompt), completion, "completion")
+    return _unlabelled(values.prompt(prompt), completion, "completion")
 
 
 def prompt_response(prompt, response) -> Example | str:
     """Prompt and response."""
-    return _unlabelled(_prompt(prompt), response, "response")
+    return _unlabelled(values.prompt(prompt), response, "response")
 
 
 def prompt_output(prompt, output) -> Example | str:
     """HALOs' samples without a reward."""
-    return _unlabelled(_prompt(prompt), output, "output")
+    return _unlabelled(values.prompt(prompt), output, "output")
 
 
 def input_output(input, output) -> Example | str:
     """OpenRLHF's supervised rows."""
-    return _unlabelled(_prompt(input), output, "output")
+    return _unlabelled(values.prompt(input), output, "output")
 
 
 def alpaca(instruction, output, input=None, history=None) -> Example | str:
     """LLaMA-Factory, alpaca form; an output of two answers is a pair, the better first."""
-    turns = _alpaca(instruction, input, history)
+    turns = values.instruction(instruction, input, history)
     if isinstance(output, list) and len(output) == 2 and all(isinstance(answer, str) for answer in output):
         return Example(turns, output, [1.0, 0.0])
     return _unlabelled(turns, output, "output")
@@ -317,7 +310,7 @@ def alpaca(instruction, output, input=None, history=None) -> Example | str:
 
 def query_response(query, response, history=None) -> Example | str:
     """ms-swift before version 3."""
-    return _unlabelled(_alpaca(query, None, history), response, "response")
+    return _unlabelled(values.instruction(query, None, history), response, "response")
 
 
 def messages(messages) -> Example | str:
@@ -333,7 +326,7 @@ def sharegpt(conversations) -> Example | str:
 def text(text) -> Example | str:
     """Plain text, every token trained."""
     if not isinstance(text, str):
-        raise ValueError(f'"text" must be a string, got {_short(text)}')
+        raise ValueError(f'"text" must be a string, got {values.shown(text)}')
     return Example([], [text], [1.0], labelled=False)
 
 
@@ -343,12 +336,12 @@ def text(text) -> Example | str:
 
 def prompt(prompt) -> Example | str:
     """A prompt."""
-    return Example(_prompt(prompt), [], [], labelled=False)
+    return Example(values.prompt(prompt), [], [], labelled=False)
 
 
 def instruction(instruction, input=None) -> Example | str:
     """An instruction, alpaca form."""
-    return Example(_alpaca(instruction, input, None), [], [], labelled=False)
+    return Example(values.instruction(instruction, input, None), [], [], labelled=False)
 
 
 RANKS = (
@@ -459,17 +452,17 @@ def _with_common(example: Example, row: dict[str, Any], common: set[str]) -> Exa
     if {"system", "system_prompt"} <= set(given) and given["system"] != given["system_prompt"]:
         raise ValueError('two readings: "system" or "system_prompt"; remove one of them')
     if system is not None and not isinstance(system, str):
-        raise ValueError(f'"system" must be a string, got {_short(system)}')
+        raise ValueError(f'"system" must be a string, got {values.shown(system)}')
     if system and system.strip():
         first = example.prompt[:1]
         if first and first[0]["role"] == "system" and first[0]["content"] != system:
             raise ValueError('two readings: the system turn is "system", or that of the conversation')
         rest = example.prompt[bool(first) and first[0]["role"] == "system" :]
         example = example._replace(prompt=[{"role": "system", "content": system}, *rest])
-    rendering = dict(_kwargs(given.get("chat_template_kwargs") or {}))
-    if tools := _tools(given.get("tools")):
+    rendering = dict(values.template_arguments(given.get("chat_template_kwargs") or {}))
+    if tools := values.tools(given.get("tools")):
         rendering["tools"] = tools
-    options = {key: _number(given[key], key) for key in ("weight", "margin") if key in given}
+    options = {key: values.number(given[key], key) for key in ("weight", "margin") if key in given}
     if options.get("weight", 1.0) < 0:
         raise ValueError(f'"weight" must be >= 0, got {given["weight"]}')
     return example._replace(rendering=rendering, **options)
@@ -483,7 +476,7 @@ def hh_pair(chosen: str, rejected: str) -> Example | str:
     """Two of Anthropic's dialogues: the prompt is what stands before the last "\\n\\nAssistant:"; or the
     reason why they are no pair."""
     parts = [text.rpartition("\n\nAssistant:") for text in (chosen, rejected)]
-    turns = dialogue(parts[0][0])
+    turns = values.dialogue(parts[0][0])
     if parts[0][0] != parts[1][0]:
         return "the two dialogues differ before the last answer"
     if any("\n\nHuman:" in part[2] for part in parts):
@@ -493,116 +486,15 @@ def hh_pair(chosen: str, rejected: str) -> Example | str:
     return Example(turns, [part[2].strip() for part in parts], [1.0, 0.0])
 
 
-def dialogue(text: str) -> list[Turn] | None:
-    """Turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", or None unless they alternate from Human to Human."""
-    before, *rest = ("\n\n" + text.lstrip()).split("\n\nHuman:")
-    turns = []
-    for part in rest:
-        user, *answers = part.split("\n\nAssistant:")
-        turns.append({"role": "user", "content": user.strip()})
-        turns.extend({"role": "assistant", "content": answer.strip()} for answer in answers)
-    alternate = all(turn["role"] == ("user", "assistant")[i % 2] for i, turn in enumerate(turns))
-    complete = alternate and len(turns) % 2 == 1 and not before.strip()
-    return turns if complete and all(turn["content"] for turn in turns) else None
-
-
-def _prompt(value: Any) -> list[Turn]:
-    value = _loaded(value)
-    if not isinstance(value, str):
-        return _turns(value, "prompt")
-    if value.lstrip().startswith("Human:") and value.rstrip().endswith("\n\nAssistant:"):
-        turns = dialogue(value.rstrip().removesuffix("\n\nAssistant:"))
-        if turns is not None:
-            return turns
-    return [{"role": "user", "content": value}] if value else []
-
-
-def _turns_or_text(value: Any, key: str) -> str | list[Turn]:
-    value = _loaded(value)
-    return value if isinstance(value, str) else _turns(value, key)
-
-
-def _loaded(value: Any) -> Any:
-    """A JSON list of turns in a string, as rows that came through a table have it."""
-    if isinstance(value, str) and value.startswith("[{"):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        if all(
-            isinstance(turn, dict) and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn))
-            for turn in found
-        ):
-            return found
-    return value
-
-
-def _turns(value: Any, key: str) -> list[Turn]:
-    value = _loaded(value)
-    turns = [value] if isinstance(value, dict) else value
-    if not isinstance(turns, list):
-        raise ValueError(f'"{key}" must be a string or a list of turns, got {_short(value)}')
-    found = [_turn(turn, f"{key}[{index}]") for index, turn in enumerate(turns)]
-    return [turn for turn in found if turn["role"] != "system" or turn["content"]]
-
-
-def _turn(turn: Any, where: str) -> Turn:
-    if isinstance(turn, dict) and "role" not in turn and "from" in turn:
-        turn = {"role": turn["from"], "content": turn.get("value")} | {
-            key: value for key, value in turn.items() if key not in ("from", "value")
-        }
-    if not isinstance(turn, dict) or "role" not in turn or not {"content", "tool_calls"} & set(turn):
-        raise ValueError(f'{where} must have "role" and "content"')
-    role = turn["role"]
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise ValueError(f"{where}.role is {_short(role)} (system, user, assistant, tool)")
-    content = _content(turn.get("content"), f"{where}.content")
-    found = {"role": ROLES[role.lower()], "content": content}
-    found |= {key: value for key, value in turn.items() if key not in found and value not in (None, [], "")}
-    if role.lower() == "function_call":
-        call = _json(content, f"{where}.content")
-        found |= {"content": "", "tool_calls": [{"type": "function", "function": call}]}
-    if "tool_calls" in found:
-        found["content"] = found["content"] or ""
-        calls = found["tool_calls"]
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise ValueError(f"{where}.tool_calls must be a list of objects, got {_short(calls)}")
-    return found
-
-
-def _content(value: Any, where: str) -> str | None:
-    if isinstance(value, list):
-        parts = [
-            part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
-            for part in value
-        ]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{where} has a part that is not text, got {_short(value)}")
-        return "".join(parts)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where} must be a string, got {_short(value)}")
-    return value
-
-
-def _answers(values: dict[str, Any]) -> list[str | list[Turn]]:
-    return [_answer(value, key) for key, value in values.items()]
-
-
-def _answer(value: Any, key: str) -> str | list[Turn]:
-    """A string, or turns from an assistant's to an assistant's; one plain turn is its text."""
-    value = "" if value is None else _turns_or_text(value, key)
-    if isinstance(value, str):
-        return value
-    if not value or value[0]["role"] != "assistant" or value[-1]["role"] != "assistant":
-        raise ValueError(f'"{key}" must be a string, or turns that begin and end with the assistant\'s')
-    return value[0]["content"] or "" if len(value) == 1 and set(value[0]) == {"role", "content"} else value
+def _answers(given: dict[str, Any]) -> list[str | list[Turn]]:
+    return [values.answer(value, key) for key, value in given.items()]
 
 
 def _scored(turns: list[Turn], answers: Sequence[Any], scores: Sequence[Any]) -> Example | str:
     if not answers:
         return "it has no answer"
-    numbers = [_number(score, f"scores[{index}]") for index, score in enumerate(scores)]
-    return Example(turns, [_answer(answer, "completions") for answer in answers], numbers)
+    numbers = [values.number(score, f"scores[{index}]") for index, score in enumerate(scores)]
+    return Example(turns, [values.answer(answer, "completions") for answer in answers], numbers)
 
 
 def _pair_of(turns: list[Turn], first: Any, second: Any, first_is_better: bool) -> Example:
@@ -611,16 +503,16 @@ def _pair_of(turns: list[Turn], first: Any, second: Any, first_is_better: bool) 
 
 
 def _labelled(turns: list[Turn], answer: Any, label: Any, key: str) -> Example:
-    return Example(turns, [_answer(answer, "the answer")], [float(_label(label, key))])
+    return Example(turns, [values.answer(answer, "the answer")], [float(values.label(label, key))])
 
 
 def _unlabelled(turns: list[Turn], answer: Any, key: str) -> Example:
-    return Example(turns, [_answer(answer, key)], [1.0], labelled=False)
+    return Example(turns, [values.answer(answer, key)], [1.0], labelled=False)
 
 
 def _conversation(value: Any, key: str) -> Example | str:
     """The turns before the first assistant's are the prompt; what follows the last one is not read."""
-    turns = _turns(value, key)
+    turns = values.turn_list(value, key)
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
         return "a conversation without an assistant turn"
@@ -628,101 +520,21 @@ def _conversation(value: Any, key: str) -> Example | str:
 
 
 def _labelled_conversation(value: Any, label: Any, key: str, label_key: str) -> Example | str:
-    turns = _turns(value, key)
+    turns = values.turn_list(value, key)
     if not turns or turns[-1]["role"] != "assistant":
         raise ValueError(f'"{key}" must end with the assistant turn that "{label_key}" is about')
     return _labelled(turns[:-1], turns[-1:], label, label_key)
 
 
-def _alpaca(instruction: Any, input: Any, history: Any) -> list[Turn]:
-    """Instruction and input as one user turn, after the history's [question, answer] pairs."""
-    if not isinstance(instruction, str):
-        turns = _prompt(instruction)
-    else:
-        if input is not None and not isinstance(input, str):
-            raise ValueError(f'"input" must be a string, got {_short(input)}')
-        turns = _prompt(f"{instruction}\n{input}" if input and input.strip() else instruction)
-    before = []
-    if history is not None and not isinstance(history, list):
-        raise ValueError(f'"history" must be a list of [question, answer], got {_short(history)}')
-    for index, pair in enumerate(history or []):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f'"history[{index}]" must be [question, answer], got {_short(pair)}')
-        before += [
-            _turn({"role": role, "content": content}, f"history[{index}]")
-            for role, content in zip(("user", "assistant"), pair)
-        ]
-    return before + turns
-
-
-def _tools(value: Any) -> list[Any]:
-    value = _json(value, '"tools"') if isinstance(value, str) and value.strip() else value
-    if not value:
-        return []
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f'"tools" must be a list of objects, got {_short(value)}')
-    return value
-
-
-def _kwargs(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or RESERVED & set(value):
-        raise ValueError(
-            f'"chat_template_kwargs" must be an object of names for the template, got {_short(value)}'
-        )
-    return {key: part for key, part in value.items() if part is not None}
-
-
-def _json(value: Any, where: str) -> Any:
-    try:
-        return json.loads(value)
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError(f"{where} is not JSON: {_short(value)}") from None
-
-
 def _records(value: Any, key: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
-        raise ValueError(f'"{key}" must be a list of objects (or come with "scores"), got {_short(value)}')
+        shown = values.shown(value)
+        raise ValueError(f'"{key}" must be a list of objects (or come with "scores"), got {shown}')
     return value
 
 
 def _value(record: dict[str, Any], key: str) -> Any:
     if key not in record:
-        raise ValueError(f'missing "{key}" in an answer (keys: {", ".join(sorted(map(str, record)))[:200]})')
+        named = ", ".join(sorted(map(str, record)))[:200]
+        raise ValueError(f'missing "{key}" in an answer (keys: {named})')
     return record[key]
-
-
-def _label(value: Any, key: str) -> bool:
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
-        return value.strip().lower() in ("true", "1")
-    if isinstance(value, (bool, int, float)) and value in (0, 1):
-        return bool(value)
-    raise ValueError(f'"{key}" must be true or false, got {_short(value)}')
-
-
-def _number(value: Any, key: str) -> float:
-    try:
-        found = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
-    except (ValueError, OverflowError):
-        found = None
-    if found is None or not abs(found) < 1e30:
-        raise ValueError(f'"{key}" must be a finite number, got {_short(value)}')
-    return found
-
-
-def _text_fault(turn: Turn, what: str) -> str:
-    content = turn["content"]
-    if content is None:
-        return f"{what} is null"
-    if not content.strip() and not turn.get("tool_calls"):
-        return f"{what} is empty"
-    if not content.isascii() and any("\ud800" <= letter <= "\udfff" for letter in content):
-        return f"{what} has half a surrogate pair, which is no character"
-    return ""
-
-
-def _short(value: Any) -> str:
-    """A value as an error shows it."""
-    try:
-        return json.dumps(value)[:40]
-    except (TypeError, ValueError, RecursionError):
-        return type(value).__name__

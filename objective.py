@@ -25,6 +25,7 @@ import config
 import encode
 import fsdp
 import losses
+import ranking
 import risk
 import vocab
 
@@ -43,7 +44,7 @@ def rewards_of(pack: batch.Pack, *, rewards: str = "labels") -> Tensor:
 
 # What is not a loss but has flags of its own, and for which losses.
 HELPERS = {
-    "pair losses": encode.usable_pair,
+    "pair losses": ranking.usable_pair,
     "any other pair loss": losses.with_sft,
     "unary losses": batch.thin,
     "losses with advantages": losses.advantages,
@@ -98,7 +99,7 @@ def chosen(args: argparse.Namespace) -> list[Callable]:
     critic = any(name in CRITIC for name in needs)
     asked = {
         RISKS.get(args.risk): args.risk,
-        encode.usable_pair: pairs,
+        ranking.usable_pair: pairs,
         losses.with_sft: pairs and not own_sft,
         batch.thin: not pairs,
         losses.advantages: critic,
@@ -206,7 +207,7 @@ class Objective(NamedTuple):
 
     def batch_units(self, scores: Sequence[float]) -> int:
         """How many of them an example with completions of these scores has."""
-        return len(encode.pair_indices(scores, self.pairs)) if self.pairs else len(scores)
+        return len(ranking.pair_indices(scores, self.pairs)) if self.pairs else len(scores)
 
     def units(self, example: encode.Encoded) -> int:
         """How many losses an example has."""
@@ -227,7 +228,7 @@ def make_objective(args: argparse.Namespace) -> Objective:
     needs = config.positional(functions[0])
     through = next((name for name in ("risk", "kl") if name in needs), None)
     helpers = (losses.with_sft, losses.humanline, losses.advantages, rewards_of, batch.thin)
-    pairs = settings.get(encode.usable_pair, {}).get("pairs")
+    pairs = settings.get(ranking.usable_pair, {}).get("pairs")
     measure = bound[RISKS[args.risk]] if args.risk else None
     objective = Objective(bound[functions[0]], needs, "", pairs, measure, through, *map(bound.get, helpers))
     example = encode.Encoded(

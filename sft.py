@@ -21,6 +21,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
+import arrays
 import attention
 import batch
 import chat
@@ -31,9 +32,9 @@ import encode
 import fsdp
 import losses
 import model
+import ranking
 import store
 import vocab
-from arrays import Store
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -76,12 +77,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def load_examples(
     sources: Sequence[str], split: str, tokenizer: Any, template: Any, args: argparse.Namespace, say: Callable
-) -> Store:
+) -> arrays.Store:
     """Read and encode, or take from the cache, of every example the best completion, or all with their
     control tokens; says what was left out and why. Raises ValueError."""
-    select, encoder = encode.best_completion, encode.encode_turns
+    select, encoder = ranking.best_completion, encode.encode_turns
     if args.method == "csft":
-        select, encoder = encode.usable_feedback, encode.encode_conditioned
+        select, encoder = ranking.usable_feedback, encode.encode_conditioned
     how = store.Encoding(select, encoder, tokenizer, args.max_length, args.max_prompt_length, template)
     options = {"cache": args.token_cache, "strict": args.strict_data, "seed": args.seed}
     return store.load(sources, split, how, say=say, **options)
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train = load_examples(args.data, "train", tokenizer, template, args, say)
         held_out = data.held_out(args.data, args.eval_data)
         evaluated = load_examples(held_out, "test", tokenizer, template, args, say) if held_out else []
-        evaluated = encode.subset(evaluated, args.eval_examples)
+        evaluated = arrays.subset(evaluated, args.eval_examples)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(

@@ -26,12 +26,13 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-import arrays
 import chat
 import data
 import encode
 import files
 import formats
+import ranking
+import values
 from arrays import TYPES, Arrays, Store, joined
 from chat import Template
 from encode import Encoded
@@ -147,7 +148,8 @@ def _name(source: str, split: str, encoding: Encoding) -> str:
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     chosen = (select.func.__name__, select.keywords) if hasattr(select, "func") else select.__name__
     code = [
-        Path(module.__file__).read_text(encoding="utf-8") for module in (chat, data, encode, files, formats)
+        Path(module.__file__).read_text(encoding="utf-8")
+        for module in (chat, data, encode, files, formats, values)
     ]
     code.append(Path(__file__).read_text(encoding="utf-8"))
     libraries = [version(name) for name in ("transformers", "tokenizers")]
@@ -284,7 +286,7 @@ def _flat(examples: Iterable[Encoded]) -> Arrays:
             found.ids.extend(ids)
             found.trained.extend(trained)
         found.scores.extend([0.0, *example.scores])
-        found.labels.extend([False, *(example.labels or encode.desirable(example.scores))])
+        found.labels.extend([False, *(example.labels or ranking.desirable(example.scores))])
         found.first.append(len(found.sizes))
         found.weights.append(example.weight)
         found.margins.append(example.margin)

@@ -1,4 +1,4 @@
-"""The README's table of methods, from the signatures and docstrings of losses.py.
+"""The table of docs/methods.md, from the signatures and docstrings of losses.py.
 
 python bench/methods.py
 """

@@ -1,10 +1,9 @@
-"""From Examples to ids: encoders against the template's own text, truncation, masks, which completions train.
+"""From Examples to ids: encoders against the template's own text, truncation, masks.
 
 The tokenizer of examples/tiny is byte-level and writes ChatML. `red:` names a change of encode.py that turns
 a test red.
 """
 
-import itertools
 import json
 import random
 
@@ -446,72 +445,6 @@ def test_the_ends_of_the_answers(tokenizer, own, template_of):
     assert encode.stop_ids(cut, template) == []
     trims = chat.chat_template(tokenizer, "plain")
     assert encode.stop_ids([encode.encode(example("q", "a"), tokenizer, 99, 50, trims)], trims) == [0]
-
-
-# Which completions train.
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_pairs_of_a_ranked_list(seed):
-    # red: ties paired; worse before better; neighbours by place instead of rank
-    scores = [float(random.Random(seed).randrange(4)) for _ in range(1 + seed % 6)] + [float(seed % 3)]
-    every = {(i, j) for i, j in itertools.permutations(range(len(scores)), 2) if scores[i] > scores[j]}
-    found = {how: encode.pair_indices(scores, how) for how in ("best-worst", "adjacent", "all")}
-    assert set(found["all"]) == every and len(found["all"]) == len(every)
-    for pairs in found.values():
-        assert set(pairs) <= every
-    if every:
-        ((best, worst),) = found["best-worst"]
-        assert (scores[best], scores[worst]) == (max(scores), min(scores))
-        ranks = sorted(scores, reverse=True)
-        steps = [(a, b) for a, b in zip(ranks, ranks[1:]) if a > b]
-        assert [(scores[i], scores[j]) for i, j in found["adjacent"]] == steps
-    with pytest.raises(ValueError, match="best-worst, adjacent or all"):
-        encode.pair_indices(scores, "some")
-
-
-def test_a_pair_keeps_only_what_is_compared():
-    listed = example("q", "a", "b", "c", "d", scores=[1.0, 4.0, -1.0, 2.0])
-    assert encode.usable_pair(listed).completions == ["b", "c"]
-    assert encode.usable_pair(listed).scores == [4.0, -1.0]
-    assert encode.usable_pair(listed, pairs="all") == listed
-    for answers, scores in ((["a", "b"], [1.0, 1.0]), (["a"], [1.0])):
-        assert encode.usable_pair(example("q", *answers, scores=scores)) == "no completion is the better one"
-    assert encode.usable_pair(example("q")) == "it has no answer"
-
-
-def test_labels():
-    # red: >= instead of >; a lone score compared with its own mean
-    assert encode.desirable([1.0, 0.0]) == [True, False]
-    assert encode.desirable([8.2, 3.1]) == [True, False]
-    assert encode.desirable([1.0, 2.0, 3.0]) == [False, False, True]
-    assert encode.desirable([1.0]) == [True] and encode.desirable([0.0]) == [False] == encode.desirable(
-        [-2.0]
-    )
-    assert encode.desirable([5.0, 5.0]) == [True, True]
-
-
-def test_the_best_completion():
-    assert encode.best_completion(example("q", "a", scores=[0.0])) == "labelled undesirable"
-    assert encode.best_completion(example("q", "a", "b", scores=[0.0, 3.0])).completions == ["b"]
-    assert (
-        encode.best_completion(example("q", "a", "b", scores=[0.0, 0.0])) == "no completion is the better one"
-    )
-    assert encode.best_completion(example("q")) == "it has no answer"
-
-
-def test_what_has_no_label():
-    bare = Example([], ["a"], [1.0], labelled=False)
-    assert encode.usable_feedback(bare) == "it has no label"
-    assert encode.usable_feedback(bare._replace(labelled=True)) == bare._replace(labelled=True)
-
-
-def test_a_subset_is_the_same_in_every_run():
-    # red: the first rows; a seed
-    found = encode.subset(range(100), 10)
-    torch.manual_seed(5)
-    assert encode.subset(range(100), 10) == found == sorted(found) and len(set(found)) == 10
-    assert found != list(range(10)) and encode.subset(range(5), 9) == [0, 1, 2, 3, 4]
 
 
 def test_equal_prompts_have_one_key(tokenizer, own):

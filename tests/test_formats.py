@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import formats
+import values
 from formats import Example, Fault
 
 
@@ -359,7 +360,7 @@ def test_two_readings_that_differ_are_named(case):
 def test_reserved_names_are_those_of_transformers():
     # red: a name left out of RESERVED, which a row could then set
     taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-    assert taken - {"self", "kwargs", "documents"} <= formats.RESERVED
+    assert taken - {"self", "kwargs", "documents"} <= values.RESERVED
 
 
 # Turns.
@@ -561,7 +562,7 @@ MISTAKES = {  # what the message must hold: rows
     '"tools" is not JSON': [PAIR | {"tools": "add"}],
     '"chat_template_kwargs" must be an object': [
         PAIR | {"chat_template_kwargs": value}
-        for value in ("x", [1], *({name: 1} for name in sorted(formats.RESERVED)))
+        for value in ("x", [1], *({name: 1} for name in sorted(values.RESERVED)))
     ],
     '"history[1]" must be [question, answer]': [
         {"instruction": "i", "output": "o", "history": [["a", "b"], value]} for value in (["a"], "ab", 5)
