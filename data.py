@@ -39,8 +39,8 @@ Rows = Iterator[Example | str]  # what a dataset function yields
 
 
 def stream(source: str, split: str, unread: set[str] | None = None) -> Iterator[Example | Fault | str]:
-    """The rows of a source, without its weight, one at a time; the keys that none of them read are added to
-    `unread`.
+    """The rows of a source, without its weight, one at a time; the keys of examples that nothing read are
+    added to `unread`.
 
     Raises ValueError (see the module) for anything that cannot be read, and if there are no rows.
     """
@@ -54,7 +54,7 @@ def stream(source: str, split: str, unread: set[str] | None = None) -> Iterator[
         for where, row in rows(source, split):
             empty = False
             example = formats.parse(row, where)
-            if unread is not None:
+            if unread is not None and isinstance(example, Example):
                 unread |= formats.unread_keys(row)
             yield example
     if empty:

@@ -77,8 +77,14 @@ def test_rows_of_a_file_with_their_places(tmp_path, name):
 
 
 def test_keys_that_are_not_read_are_gathered(tmp_path):
-    # red: those of the last row alone; nulls among them
-    path = write(tmp_path / "a.jsonl", PAIR | {"id": 1}, {"text": "t", "source": "x", "id": None}, PAIR)
+    # red: those of the last row alone; nulls among them; keys of rows that cannot be used
+    rows = [
+        PAIR | {"id": 1},
+        {"text": "t", "source": "x", "id": None},
+        PAIR,
+        PAIR | {"chosen": None, "no": 1},
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
     unread = set()
     list(data.stream(str(path), "train", unread))
     assert unread == {"id", "source"}
