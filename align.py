@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import attention
 import arrays
+import attention
 import batch
 import chat
 import checkpoint
@@ -243,9 +243,8 @@ def evaluate(
     """Means over the held-out examples, all ranks together."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
-    partners = None
-    if objective.mismatches:
-        partners = batch.partners([example.prompt_key for example in examples], range(len(examples)))
+    keys = [example.prompt_key for example in examples]
+    partners = batch.partners(keys, range(len(keys))) if objective.mismatches else None
     works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
     packs, strangers = make_packs(objective, examples, works, partners, args, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)

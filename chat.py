@@ -187,8 +187,12 @@ def around(
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
-    """Of a beginning: what the tokenizer makes of it, no special token added."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    """Of a beginning: what the tokenizer makes of it, no special token added. Raises ValueError for text that
+    is none."""
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    except TypeError:  # from a tool, say: of turns formats.py has seen to it
+        raise ValueError("the text has half a surrogate pair, which is no character") from None
 
 
 def ids_within(tokenizer: Any, text: str, template: Template) -> list[int]:

@@ -40,8 +40,8 @@ Rows = Iterator[Example | str]  # what a dataset function yields
 
 
 def stream(source: str, split: str, unread: set[str] | None = None) -> Iterator[Example | Fault | str]:
-    """The rows of a source, without its weight, one at a time; the keys that none of them read are added to
-    `unread`.
+    """The rows of a source, without its weight, one at a time; the keys of examples that nothing read are
+    added to `unread`.
 
     Raises ValueError (see the module) for anything that cannot be read, and if there are no rows.
     """
@@ -55,7 +55,7 @@ def stream(source: str, split: str, unread: set[str] | None = None) -> Iterator[
         for where, row in rows(source, split):
             empty = False
             example = formats.parse(row, where)
-            if unread is not None:
+            if unread is not None and isinstance(example, Example):
                 unread |= formats.unread_keys(row)
             yield example
     if empty:
@@ -80,8 +80,8 @@ def weighted(source: str) -> tuple[str, float]:
 
 
 def held_out(sources: Sequence[str], named: Sequence[str] | None) -> list[str]:
-    """Where held-out examples come from: what the user named, or the test splits of named datasets."""
-    return list(named or [s for s in sources if weighted(s)[0].partition("=")[0] in datasets()])
+    """Where held-out examples come from: what the user named, or the whole test splits of named datasets."""
+    return list(named or [s for s, _ in map(weighted, sources) if s.partition("=")[0] in datasets()])
 
 
 def datasets() -> list[str]:
@@ -335,8 +335,8 @@ def rows(source: str, split: str, only_named: bool = False) -> Iterator[tuple[st
     if len(suffixes) > 2:
         raise ValueError(f"{source}: at most a configuration and a split may follow a name")
     if Path(path).is_file():
-        yield from files.rows(Path(path), suffixes[0] if suffixes else split)
-    elif Path(path).is_dir():
+        yield from files.rows(Path(path), split, _named_split(path, suffixes))
+    elif path and Path(path).is_dir():
         yield from _folder_rows(Path(path), suffixes, split, only_named)
     elif _is_path(path):
         raise ValueError(f"{path}: no such file or directory")
@@ -369,9 +369,12 @@ def _folder_rows(
     """Rows of a folder: what `save_to_disk` wrote, a hub-style folder whose README names its files, or all
     data files of the split, in the order of their names."""
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        named = _named_split(folder, suffixes)
         found = _hub(str(folder), lambda hub: hub.load_from_disk(str(folder)))
         if isinstance(found, dict):
-            found = found[_split_among(folder, list(found), suffixes[-1:], split)]
+            found = found[_split_among(folder, list(found), named, split)]
+        elif named:
+            raise ValueError(f"{folder}: no split {named!r}: it is one dataset without splits")
         yield from ((f"{folder}[{index}]", row) for index, row in enumerate(found))
         return
     readme = folder / "README.md"
@@ -391,7 +394,7 @@ def _folder_rows(
     unnamed = by_split.pop("", [])
     if not (only_named and by_split):
         by_split["train"] = sorted(by_split.get("train", []) + unnamed)
-    chosen = _split_among(folder, list(by_split), suffixes[-1:], split)
+    chosen = _split_among(folder, list(by_split), _named_split(folder, suffixes), split)
     for path in by_split[chosen]:
         yield from files.rows(path, split)
 
@@ -407,14 +410,22 @@ def _split_of(path: Path, folder: Path) -> str:
     return ""
 
 
-def _split_among(place: Any, found: Sequence[str], named: Sequence[str], split: str) -> str:
+def _named_split(place: Any, suffixes: list[str]) -> str | None:
+    """What follows a file or folder after a colon. Raises ValueError for more than a split."""
+    if len(suffixes) > 1:
+        raise ValueError(f"{place}: only a split may follow it, not {':'.join(suffixes)}")
+    return suffixes[0] if suffixes else None
+
+
+def _split_among(place: Any, found: Sequence[str], named: str | None, split: str) -> str:
     """The split of those found that was named, or is a synonym of the one that is needed. Raises
     ValueError."""
-    for name in named or files.split_names(split):
+    for name in [named] if named is not None else files.split_names(split):
         if name in found:
             return name
+    wanted = split if named is None else named
     raise ValueError(
-        f"{place}: no split {(*named, split)[0]!r}; it has {', '.join(sorted(found))}: add one after a colon"
+        f"{place}: no split {wanted!r}; it has {', '.join(sorted(found))}: add one after a colon"
     )
 
 
@@ -457,7 +468,8 @@ def _config_and_split(hub: Any, name: str, suffixes: list[str], split: str) -> t
     if config is None and len(configs) > 1 and "default" not in configs:
         raise ValueError(f"several configurations; add one of {', '.join(configs)} after a colon")
     named = suffixes[1:] if config else suffixes
-    return config, _split_among(name, hub.get_dataset_split_names(name, config), named, split)
+    splits = hub.get_dataset_split_names(name, config)
+    return config, _split_among(name, splits, _named_split(name, named), split)
 
 
 def _hub(source: str, ask: Callable[[Any], Any]) -> Any:

@@ -45,18 +45,20 @@ def split_names(split: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((split, *SPLITS.get(split.split("_")[0], ()))))
 
 
-def rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) of every row of a file; of an object that holds several lists, those of the split. Raises
-    ValueError for a file that cannot be read to its end."""
+def rows(path: Path, split: str, named: str | None = None) -> Iterator[tuple[str, Any]]:
+    """(where, row) of every row of a file; of an object that holds several lists, the one that is named, or
+    else that of the split. Raises ValueError for a file that cannot be read to its end."""
     kind = suffix(path)
     if kind not in SUFFIXES:
         raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)} (with .gz or .zst)")
+    if named is not None and kind not in JSON:
+        raise ValueError(f"{path}: no split {named!r}: a table has none")
     if kind == ".parquet":
         yield from _parquet_rows(path)
         return
     with _opened(path) as file:
         if kind in JSON:
-            yield from _json_rows(path, file, split)
+            yield from _json_rows(path, file, split, named)
         else:
             yield from _table_rows(path, file, TABLES[kind])
 
@@ -74,22 +76,25 @@ def _text(path: Path, file: BinaryIO) -> Iterator[str]:
     """The text of a file in pieces, without a byte order mark. Raises ValueError at file:line for bytes that
     are not UTF-8, or for an archive that is damaged."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    line = 1
+    line, before = 1, 0  # of what is decoded, and the bytes of its last line
     block = b"\n"
     while block:
         try:
             block = file.read(CHUNK)
             piece = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            before, byte = error.object[: error.start], error.object[error.start]
-            line += before.count(b"\n")
-            column = len(before) - before.rfind(b"\n")
+            valid, byte = error.object[: error.start], error.object[error.start]
+            begin = valid.rfind(b"\n") + 1
+            line += valid.count(b"\n")
+            column = len(valid) - begin + 1 + (0 if begin else before)
             raise ValueError(
                 f"{path}:{line}: not valid UTF-8 (byte 0x{byte:02x} at column {column})"
             ) from None
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: {(str(error) or 'damaged').splitlines()[0]}") from error
+        begin = piece.rfind("\n") + 1
         line += piece.count("\n")
+        before = len(piece[begin:].encode()) + (0 if begin else before)
         yield piece
 
 
@@ -141,13 +146,15 @@ def _lines(path: Path, pieces: Iterator[str]) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _json_rows(path: Path, file: BinaryIO, split: str) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Path, file: BinaryIO, split: str, named: str | None) -> Iterator[tuple[str, Any]]:
     """Rows of JSON: values one after another, the items of one list, or of the list in one object."""
     scan = Scan(path, _text(path, file))
-    if scan.peek() == "[":
+    if scan.peek() == "{":
+        yield from _first_object(scan, split, named)
+    elif named is not None:
+        raise ValueError(f"{path}: no split {named!r}: it is one list")
+    elif scan.peek() == "[":
         yield from _items(scan)
-    elif scan.peek() == "{":
-        yield from _first_object(scan, split)
     while scan.peek():
         yield f"{path}:{scan.line}", scan.value()
 
@@ -156,35 +163,44 @@ def _items(scan: "Scan") -> Iterator[tuple[str, Any]]:
     scan.take("[")
     index = 0
     while scan.peek() != "]":
+        if index:
+            scan.take(",")
         yield f"{scan.path}[{index}]", scan.value()
         index += 1
-        if scan.peek() != "]":
-            scan.take(",")
     scan.take("]")
 
 
-def _first_object(scan: "Scan", split: str) -> Iterator[tuple[str, Any]]:
+def _first_object(scan: "Scan", split: str, named: str | None) -> Iterator[tuple[str, Any]]:
     """The first object of a file, key by key, for it may wrap a list that is too long to hold: the rows of
     that list, or the object as a row."""
-    wanted = (*split_names(split), *WRAPPERS)
-    lists = {*wanted, *(name for names in SPLITS.values() for name in names)}
-    line, row, held = scan.line, {}, []
+    wanted = {*split_names(split), *WRAPPERS} if named is None else {named}
+    lists = {*wanted, *WRAPPERS, *(name for names in SPLITS.values() for name in names)}
+    begin, line, row, held = scan.gone, scan.line, {}, []
     scan.take("{")
     while scan.peek() != "}":
-        key = scan.value()
+        if row or held:
+            scan.take(",")
+        key = scan.key()
         scan.take(":")
-        if isinstance(key, str) and key in lists and scan.peek() == "[":
+        if key in lists and scan.peek() == "[":
             held.append(key)
+            if key in wanted and len(wanted.intersection(held)) > 1:
+                raise ValueError(
+                    f"{scan.path}: several lists, {', '.join(held)}; add one of them after a colon"
+                )
             yield from (item for item in _items(scan) if key in wanted)
         else:
-            row[str(key)] = scan.value()
-        if scan.peek() != "}":
-            scan.take(",")
+            row[key] = scan.value()
+        if held:
+            row = {}  # it is no row, and may be long
+        else:
+            scan.check(scan.gone + 1 - begin)
     scan.take("}")
-    if not held:
+    if named is None and not held:
         yield f"{scan.path}:{line}", row
-    elif not set(held) & set(wanted):
-        raise ValueError(f"{scan.path}: no split {split!r}; it has {', '.join(held)}")
+    elif not wanted.intersection(held):
+        wrong = split if named is None else named
+        raise ValueError(f"{scan.path}: no split {wrong!r}; it has {', '.join(held) or 'none'}")
 
 
 @dataclass
@@ -196,6 +212,8 @@ class Scan:
     text: str = ""
     at: int = 0
     line: int = 1
+    gone: int = 0  # characters before the place
+    before: int = 0  # of them those that are no longer held and stand in the line where the text begins
 
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
@@ -209,6 +227,12 @@ class Scan:
             self._fail(f"expecting {expected!r}", self.at)
         self._go(self.at + 1)
 
+    def key(self) -> str:
+        """The key that begins here."""
+        if self.peek() != '"':
+            self._fail("expecting a key in double quotes", self.at)
+        return self.value()
+
     def value(self) -> Any:
         """The value that begins here."""
         self.peek()
@@ -218,24 +242,35 @@ class Scan:
             except json.JSONDecodeError as error:
                 # what is wrong near the end of what was read may be only that it goes on
                 cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated string")
+                into = error.pos - self.at
                 if not (cut and self._more()):
-                    self._fail(error.msg, error.pos)
+                    self._fail(error.msg, self.at + into)
             except (ValueError, RecursionError) as error:
                 self._fail(str(error).splitlines()[0], self.at)
             else:
-                if end < len(self.text) or self.text[end - 1] in '}]"' or not self._more():
-                    self._go(end)
+                size = end - self.at
+                # of a number that goes on, "e+" may stand after what was taken for the whole
+                if end + 2 < len(self.text) or self.text[end - 1] in '}]"' or not self._more():
+                    self.check(size)
+                    self._go(self.at + size)
                     return value
+
+    def check(self, size: int) -> None:
+        """Raises ValueError for a row of that many characters if it is too long."""
+        if size > MAX_ROW:
+            raise ValueError(f"{self.path}:{self.line}: a row of more than {MAX_ROW} characters")
 
     def _go(self, to: int) -> None:
         self.line += self.text.count("\n", self.at, to)
+        self.gone += to - self.at
         self.at = to
 
     def _more(self) -> bool:
         """Read on, as much again as is held, so that a long value is not read over and over."""
+        begin = self.text.rfind("\n", 0, self.at) + 1
+        self.before = self.at - begin + (0 if begin else self.before)
         self.text, self.at = self.text[self.at :], 0
-        if len(self.text) > MAX_ROW:
-            raise ValueError(f"{self.path}:{self.line}: a row of more than {MAX_ROW} characters")
+        self.check(len(self.text))
         wanted = 2 * len(self.text)
         parts = [self.text]
         size = len(self.text)
@@ -251,5 +286,6 @@ class Scan:
     def _fail(self, what: str, position: int) -> None:
         line = self.text.count("\n", self.at, position)
         place = f"line {self.line + line}, " * bool(line)
-        column = position - self.text.rfind("\n", 0, position)
+        begin = self.text.rfind("\n", 0, position) + 1
+        column = position - begin + 1 + (0 if begin else self.before)
         raise ValueError(f"{self.path}:{self.line}: not JSON ({what}, {place}column {column})")

@@ -373,7 +373,13 @@ def _parsed(row: dict[str, Any]) -> Example | str:
         missing = _missing(keys, frozenset(row))
         if missing is not None:
             return missing
-    readings = [_read(layout, row) for layout in layouts]
+    try:
+        readings = [_read(layout, row) for layout in layouts]
+    except ValueError:
+        null = _null(keys, frozenset(row))
+        if null and set(_parameters(layouts[0])[0]) < set(_parameters(_layouts(frozenset(row))[0])[0]):
+            return null  # "prompt" beside "chosen" and "rejected", which are no conversations
+        raise
     if any(reading != readings[0] for reading in readings[1:]):
         both = " or ".join(f'"{", ".join(_parameters(layout)[0])}"' for layout in layouts)
         raise ValueError(f"two readings: {both}; remove the keys of one of them")
@@ -413,12 +419,12 @@ def _layouts(keys: frozenset[str]) -> list[Callable]:
 def _missing(keys: frozenset[str], everything: frozenset[str]) -> str | None:
     """Of a row that is a prompt at most: the reason if a null is what is wrong with it; None if it is meant
     to be one. Raises ValueError for a key that is missing."""
-    with_nulls = _layouts(everything)
-    if with_nulls and with_nulls[0] not in RANKS[-1]:
-        return f'"{next(key for key in _parameters(with_nulls[0])[0] if key not in keys)}" is null'
     layouts = [layout for rank in RANKS[:-1] for layout in rank]
     prompts = {key for layout in RANKS[-1] for key in _parameters(layout)[1]}
     begun = [layout for layout in layouts if keys.intersection(_parameters(layout)[0]) - prompts]
+    null = _null(keys, everything)
+    if null and (not begun or _layouts(everything)[0] not in RANKS[-1]):
+        return null
     if _layouts(keys) and not begun:
         return None
     lacking = {
@@ -427,6 +433,12 @@ def _missing(keys: frozenset[str], everything: frozenset[str]) -> str | None:
     nearest = min(lacking, key=lambda layout: len(lacking[layout]))
     named = ", ".join(f'"{key}"' for key in (lacking[nearest] if begun else ["prompt", "chosen", "rejected"]))
     raise ValueError(f"missing {named} (keys: {', '.join(sorted(map(str, keys)))[:200] or 'none'})")
+
+
+def _null(keys: frozenset[str], everything: frozenset[str]) -> str:
+    """Which null keeps a row from the layout it would have otherwise; an empty string if none does."""
+    needed = _parameters(layouts[0])[0] if (layouts := _layouts(everything)) else ()
+    return next((f'"{key}" is null' for key in needed if key not in keys), "")
 
 
 def _common(layout: Callable) -> set[str]:

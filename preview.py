@@ -40,7 +40,7 @@ import model
 import ranking
 import sft
 from arrays import Store
-from objective import make_objective
+from objective import check_partners, make_objective
 
 WIDTH = 100  # columns
 INDENT = "    "  # before the lines of a text
@@ -112,7 +112,8 @@ def load(args: argparse.Namespace, tokenizer: Any, template: chat.Template, say:
         return Data(train, tokenizer, template, None, conditioned, "examples", [1] * len(train))
     objective = make_objective(args)
     train = align.load_examples(args.data, "train", tokenizer, template, objective, args, say)
-    units = [objective.batch_units(scores) for scores in train.scores]
+    check_partners(objective, " ".join(args.data), train.arrays.prompts)
+    units = objective.counts(train).tolist()
     return Data(train, tokenizer, template, objective.pairs, True, objective.batch_unit, units)
 
 

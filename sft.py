@@ -21,8 +21,8 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
-import attention
 import arrays
+import attention
 import batch
 import chat
 import checkpoint
@@ -35,7 +35,6 @@ import model
 import ranking
 import store
 import vocab
-from arrays import Store
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -78,7 +77,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def load_examples(
     sources: Sequence[str], split: str, tokenizer: Any, template: Any, args: argparse.Namespace, say: Callable
-) -> Store:
+) -> arrays.Store:
     """Read and encode, or take from the cache, of every example the best completion, or all with their
     control tokens; says what was left out and why. Raises ValueError."""
     select, encoder = ranking.best_completion, encode.encode_turns

@@ -26,6 +26,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
+import arrays
 import chat
 import data
 import encode
@@ -144,18 +145,17 @@ def _report(
 
 def _name(source: str, split: str, encoding: Encoding) -> str:
     """A hash of everything that the ids depend on."""
-    select, encoder, tokenizer, *flags = encoding
+    select, encoder, tokenizer, *lengths, template = encoding
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     chosen = (select.func.__name__, select.keywords) if hasattr(select, "func") else select.__name__
-    code = [
-        Path(module.__file__).read_text(encoding="utf-8")
-        for module in (chat, data, encode, files, formats, values)
-    ]
-    code.append(Path(__file__).read_text(encoding="utf-8"))
+    modules = (arrays, chat, data, encode, files, formats, ranking, values)
+    paths = [__file__, *[module.__file__ for module in modules]]
+    code = [Path(path).read_text(encoding="utf-8") for path in paths]
+    template = template._replace(special_ids=sorted(template.special_ids))  # a set is written in any order
     libraries = [version(name) for name in ("transformers", "tokenizers")]
     told = [data.state(source, split), split, chosen, encoder.__name__, type(tokenizer).__name__, words]
-    told += [tokenizer.chat_template, tokenizer.special_tokens_map, flags, code, libraries]
+    told += [tokenizer.chat_template, tokenizer.special_tokens_map, lengths, template, code, libraries]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
@@ -182,12 +182,12 @@ def _write(
         with contextlib.ExitStack() as stack:
             opened = Arrays(*[stack.enter_context(open(beside / name, "wb")) for name in Arrays._fields])
             opened.first.write(np.zeros(1, TYPES.first).tobytes())
-            for arrays, tally in _encoded(rows, encoding, say):
+            for part, tally in _encoded(rows, encoding, say):
                 total = total.plus(tally)
-                arrays = arrays._replace(starts=arrays.starts + tokens, first=arrays.first + pieces)
-                tokens += len(arrays.ids)
-                pieces += len(arrays.sizes)
-                for file, array, kind, digest in zip(opened, arrays, TYPES, hashes):
+                part = part._replace(starts=part.starts + tokens, first=part.first + pieces)
+                tokens += len(part.ids)
+                pieces += len(part.sizes)
+                for file, array, kind, digest in zip(opened, part, TYPES, hashes):
                     raw = np.ascontiguousarray(array, kind).tobytes()
                     file.write(raw)
                     digest.update(raw)

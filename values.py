@@ -19,7 +19,7 @@ ROLES = {
 RESERVED = {
     "conversation", "messages", "tokenize", "chat_template", "add_generation_prompt", "tools",
     "continue_final_message", "return_tensors", "return_dict", "padding", "truncation", "max_length",
-    "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
 }  # fmt: skip
 
 

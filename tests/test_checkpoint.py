@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import align
 import batch
 import checkpoint
-import data
+import encode
 import fsdp
 import model
 import vocab
@@ -35,7 +35,7 @@ ARCHITECTURES = {
     "phi": SIZES | {"model_type": "phi", "tie_word_embeddings": False},  # its head has a bias
 }
 ARGS = {"model": "m", "beta": 0.1, "lr": 1e-3}
-PACK = batch.pack([data.Encoded([5, 6, 7], [[8, 9], [10, 11]], [[True] * 2] * 2, [1.0, 0.0])])
+PACK = batch.pack([encode.Encoded([5, 6, 7], [[8, 9], [10, 11]], [[True] * 2] * 2, [1.0, 0.0])])
 
 
 @pytest.fixture(scope="module", autouse=True)
