@@ -28,6 +28,7 @@ TEMPLATES = {"plain": PLAIN, "none": AS_IT_IS, "raw": AS_IT_IS}
 CONTROL_TOKENS = ("<|good|>", "<|bad|>")
 ASK_FOR_GOOD = "{% if add_generation_prompt %}" + CONTROL_TOKENS[0] + "{% endif %}"
 MARK = "\0"  # stands for a content, to see what a template writes around it
+BEFORE = "\n\0.a0:(-"  # one of them stands before a text that is to be tokenised as what follows other text
 MARGIN = 64  # tokens beyond a cut that are tokenised all the same: what the cut changes is among them
 
 
@@ -196,22 +197,32 @@ def ids_within(tokenizer: Any, text: str, template: Template) -> list[int]:
     whatever they are given."""
     if not template.spaced or not text:
         return ids(tokenizer, text)
-    pattern, special, before = _pieces(tokenizer)
+    pattern, special = _pieces(tokenizer)
     found = []
     for piece in re.split(pattern, text) if special else [text]:
         if piece in special:
             found.append(special[piece])
         elif piece:
-            found += ids(tokenizer, "\n" + piece)[before:]
+            found += _ids_after(tokenizer, piece)
     return found
 
 
 @functools.lru_cache(maxsize=4)
-def _pieces(tokenizer: Any) -> tuple[str, dict[str, int], int]:
-    """The added tokens as a regular expression, their ids, and how many ids a line break has."""
+def _pieces(tokenizer: Any) -> tuple[str, dict[str, int]]:
+    """The added tokens as a regular expression, and their ids."""
     special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content}
     longest_first = sorted(special, key=len, reverse=True)
-    return f"({'|'.join(map(re.escape, longest_first))})", special, len(ids(tokenizer, "\n"))
+    return f"({'|'.join(map(re.escape, longest_first))})", special
+
+
+def _ids_after(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text behind the first character that the tokenizer does not join with it. Raises
+    ValueError."""
+    for character in BEFORE:
+        before, found = ids(tokenizer, character), ids(tokenizer, character + text)
+        if found[: len(before)] == before and tokenizer.unk_token_id not in before:
+            return found[len(before) :]
+    raise ValueError("the tokenizer joins the text with whatever stands before it")
 
 
 def first_ids(tokenizer: Any, text: str, count: int, template: Template) -> list[int]:
