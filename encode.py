@@ -368,7 +368,8 @@ def _encode_completion(
         added = _added(opened, answer, NO_BEGINNING)
         said = turn["content"][len(open_turn[0]["content"]) if open_turn and index == first else 0 :]
         tail = closed[max(0, len(opened) - len(said)) :]  # the generation prompt may open the answer
-        remark = remark or _change(said, turn.get("tool_calls", ()), added, tail, ending)
+        changed = _change(said, turn.get("tool_calls", ()), added, tail, ending)
+        remark = remark or changed
         learned = chat.first_ids(tokenizer, added, room, template)
         if not ends_itself:
             learned = chat.ended(learned, tokenizer, template)
