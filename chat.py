@@ -8,6 +8,7 @@ Nothing here knows an Example: encode.py does.
 """
 
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ class Template(NamedTuple):
     name: str
     text: str | None  # jinja; None: the tokenizer's own
     ending: str = ""  # what it writes after an answer
+    closing: str = ""  # and then, where nothing follows: the end of a conversation, after that of a turn
     merges_system: bool = False  # it has no place for a system turn, which then opens the first user turn
     reserved: str = ""  # a regular expression of the tokens that only the template may write; "" for none
     special_ids: frozenset[int] = frozenset()  # of tokens that are no text
@@ -56,16 +58,19 @@ def chat_template(tokenizer: Any, choice: str | None) -> Template:
     name, text = _chosen(tokenizer, choice)
     template = Template(name, text)
     asked = [{"role": "user", "content": "a"}]
-    shown = render(tokenizer, [*asked, {"role": "assistant", "content": MARK}], template, False)
+    answered = [*asked, {"role": "assistant", "content": MARK}]
+    shown = render(tokenizer, answered, template, False)
     if MARK not in shown:
         raise ValueError(f"chat template ({name}): it does not write what the assistant says")
     ending = shown.partition(MARK)[2]
+    closing = _closing(tokenizer, template, [*answered, *asked], ending)
     if not ending.strip() and tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no eos token, and the chat template writes no end of turn")
     added = tokenizer.added_tokens_decoder
     special_ids = {id for id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     return template._replace(
-        ending=ending,
+        ending=ending.removesuffix(closing),
+        closing=closing,
         merges_system=not _takes_system(tokenizer, template, asked),
         reserved="" if _is_verbatim(tokenizer, text) else _reserved(tokenizer, shown),
         special_ids=frozenset(special_ids),
@@ -113,6 +118,18 @@ def _takes_system(tokenizer: Any, template: Template, asked: list[Turn]) -> bool
         return MARK in render(tokenizer, [{"role": "system", "content": MARK}, *asked], template, True)
     except ValueError:
         return False
+
+
+def _closing(tokenizer: Any, template: Template, followed: list[Turn], ending: str) -> str:
+    """What stands behind a special token that ends an answer, but only where no further turn follows."""
+    try:
+        after = render(tokenizer, followed, template, True).partition(MARK)[2]
+    except ValueError:  # it takes one answer
+        return ""
+    common = os.path.commonprefix([ending, after])
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [common.rfind(token) + len(token) for token in special if token and token in common]
+    return ending[max(ends) :].lstrip() if ends else ""
 
 
 def _reserved(tokenizer: Any, shown: str) -> str:

@@ -359,9 +359,10 @@ def _encode_completion(
             opened = chat.around(tokenizer, [turn], template, False, rendering)[0]
         between = chat.ids_within(tokenizer, _added(done, opened, REWRITES), template)
         closed = chat.render(tokenizer, [*history, turn], template, False, rendering)
-        ending = template.ending
+        closed, ending = closed.removesuffix(template.closing), template.ending
         if not closed.endswith(ending):
             ending = chat.around(tokenizer, [*history, turn], template, False, rendering)[1]
+            ending = ending.removesuffix(template.closing)
         # a tail of white space is not the end of a turn, which is then the eos token's to write
         ends_itself = bool(ending.strip())
         answer = closed.rstrip() if ends_itself else closed[: len(closed) - len(ending)]
