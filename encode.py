@@ -92,7 +92,9 @@ def encode_turns(
     renders it then."""
     limits = (tokenizer, max_length, max_prompt_length, template)
     found = encode(example, *limits)
-    if found != REWRITES or len(example.completions) > 1:
+    # an eos token that the template does not write is not in what it writes of the turn later
+    rewrites = found == REWRITES or isinstance(found, Encoded) and not template.ending.strip()
+    if not rewrites or len(example.completions) > 1 or isinstance(example.completions[0], str):
         return found
     turns = [*example.prompt, *example.completions[0]]
     system, starts = _whole_turns(turns)
