@@ -96,19 +96,20 @@ def encode_turns(
     rewrites = found == REWRITES or isinstance(found, Encoded) and not template.ending.strip()
     if not rewrites or len(example.completions) > 1 or isinstance(example.completions[0], str):
         return found
-    turns = [*example.prompt, *example.completions[0]]
+    answers = example.completions[0]
+    turns = _continued_by(example.prompt, answers)
+    first = len(turns) - len(answers)
     system, starts = _whole_turns(turns)
     later = deque(starts)
     start = 0  # of what still fits: it only moves on, so that a long conversation takes time in proportion
     groups = []
-    for index in range(len(example.prompt), len(turns)):
-        if turns[index]["role"] != "assistant" or (index and turns[index - 1]["role"] == "assistant"):
+    for index in range(first, len(turns)):
+        if turns[index]["role"] != "assistant" or index > first and turns[index - 1]["role"] == "assistant":
             continue
         while True:
-            one = example._replace(
-                prompt=[*system, *turns[start:index]] if start else turns[:index],
-                completions=[[turns[index]]],
-            )
+            history = [*system, *turns[start:index]] if start else turns[:index]
+            open_turn = example.prompt[index:]
+            one = example._replace(prompt=history + open_turn, completions=[[answers[index - first]]])
             try:
                 opened = _opened(one, tokenizer, max_prompt_length, template)
             except ValueError as error:
