@@ -103,7 +103,9 @@ def _chosen(tokenizer: Any, choice: str | None) -> tuple[str, str | None]:
 
 def _with_bos(tokenizer: Any, text: str) -> str:
     bos = tokenizer.bos_token_id
-    if bos is None or "bos_token" in text or tokenizer("a")["input_ids"][:1] != [bos]:
+    if bos is None or "bos_token" in text or tokenizer.bos_token in text:
+        return text
+    if tokenizer("a")["input_ids"][:1] != [bos]:
         return text
     begins = "messages and messages[0].content is string and messages[0].content.startswith(bos_token)"
     return "{% if not (" + begins + ") %}{{ bos_token }}{% endif %}" + text
