@@ -30,6 +30,7 @@ CONTROL_TOKENS = ("<|good|>", "<|bad|>")
 ASK_FOR_GOOD = "{% if add_generation_prompt %}" + CONTROL_TOKENS[0] + "{% endif %}"
 MARK = "\0"  # stands for a content, to see what a template writes around it
 BEFORE = "\n\0.a0:(-"  # one of them stands before a text that is to be tokenised as what follows other text
+WITHIN = "think|tool|reason"  # in the names of special tokens that stand within answers
 MARGIN = 64  # tokens beyond a cut that are tokenised all the same: what the cut changes is among them
 
 
@@ -42,7 +43,7 @@ class Template(NamedTuple):
     closing: str = ""  # and then, where nothing follows: the end of a conversation, after that of a turn
     merges_system: bool = False  # it has no place for a system turn, which then opens the first user turn
     reserved: str = ""  # a regular expression of the tokens that only the template may write; "" for none
-    special_ids: frozenset[int] = frozenset()  # of tokens that are no text
+    special_ids: frozenset[int] = frozenset()  # of tokens that begin or end text or turns
     spaced: bool = False  # the tokenizer puts a space before any text
     longest: int = 1  # characters of its longest token
 
@@ -67,7 +68,10 @@ def chat_template(tokenizer: Any, choice: str | None) -> Template:
     if not ending.strip() and tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no eos token, and the chat template writes no end of turn")
     added = tokenizer.added_tokens_decoder
-    special_ids = {id for id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    special_ids = {
+        id for id, token in added.items() if token.special and not re.search(WITHIN, token.content)
+    }
+    special_ids |= set(tokenizer.all_special_ids) - set(added)
     return template._replace(
         ending=ending.removesuffix(closing),
         closing=closing,
@@ -138,7 +142,7 @@ def _reserved(tokenizer: Any, shown: str) -> str:
     """Special tokens that begin or end text or turns; not what an answer may hold, such as marks of
     thoughts."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    written = {token for token in special if token in shown and not re.search("think|tool|reason", token)}
+    written = {token for token in special if token in shown and not re.search(WITHIN, token)}
     ends = {tokenizer.bos_token, tokenizer.eos_token} - {None, ""}
     return "|".join(re.escape(token) for token in sorted(written | ends))
 
@@ -253,6 +257,13 @@ def first_ids(tokenizer: Any, text: str, count: int, template: Template) -> list
 def last_ids(tokenizer: Any, text: str, count: int, template: Template) -> list[int]:
     """The last `count` ids of a text."""
     return ids_within(tokenizer, text[-(count + MARGIN) * template.longest :], template)[-count:]
+
+
+def without_tail(tokenizer: Any, text: str, template: Template) -> str:
+    """Without white space behind a special token that ends the text."""
+    stripped = text.rstrip()
+    last = ids(tokenizer, stripped[-template.longest :])[-1:] if stripped != text else []
+    return stripped if template.special_ids.intersection(last) else text
 
 
 def ended(found: list[int], tokenizer: Any, template: Template) -> list[int]:

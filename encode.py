@@ -341,7 +341,8 @@ def _encode_completion(
     """Ids and trained mask of what follows the prompt, at least `room` of them if there are as many, and a
     remark: assistant turns and their ends of turn are trained. Raises ValueError."""
     if not example.prompt and isinstance(completion, str):
-        ids = chat.ids(tokenizer, completion[: (room + chat.MARGIN) * template.longest])
+        text = chat.without_tail(tokenizer, completion, template)
+        ids = chat.ids(tokenizer, text[: (room + chat.MARGIN) * template.longest])
         ids = chat.ended(ids, tokenizer, template)
         return ids, [True] * len(ids), ""
     conversation = _continued_by(example.prompt, completion)
@@ -374,6 +375,8 @@ def _encode_completion(
         tail = closed[max(0, len(opened) - len(said)) :]  # the generation prompt may open the answer
         changed = _change(said, turn.get("tool_calls", ()), added, tail, ending)
         remark = remark or changed
+        if not ends_itself:
+            added = chat.without_tail(tokenizer, added, template)
         learned = chat.first_ids(tokenizer, added, room, template)
         if not ends_itself:
             learned = chat.ended(learned, tokenizer, template)
