@@ -72,6 +72,7 @@ def chat_template(tokenizer: Any, choice: str | None) -> Template:
         id for id, token in added.items() if token.special and not re.search(WITHIN, token.content)
     }
     special_ids |= set(tokenizer.all_special_ids) - set(added)
+    special_ids -= {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
     return template._replace(
         ending=ending.removesuffix(closing),
         closing=closing,
