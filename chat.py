@@ -200,9 +200,11 @@ def around(
 ) -> tuple[str, str]:
     """What the template writes before and after the content of the last turn; `before` is what stands of it
     already. Raises ValueError."""
-    marked = [*turns[:-1], {**turns[-1], "content": before + MARK}]
-    text, mark, rest = render(tokenizer, marked, template, generation, rendering).partition(MARK)
-    if not mark:
+    said = "".join(turn["content"] for turn in turns)
+    mark = next((mark for mark in map(chr, range(9)) if mark not in said), MARK)
+    marked = [*turns[:-1], {**turns[-1], "content": before + mark}]
+    text, found, rest = render(tokenizer, marked, template, generation, rendering).partition(mark)
+    if not found:
         raise ValueError("the chat template does not write the last turn as it stands")
     return text, rest
 
