@@ -160,6 +160,7 @@ def encode_rendered(
         for completion in example.completions:
             turns = _continued_by(kept, completion)
             text = chat.render(tokenizer, turns, template, False, example.rendering)
+            _find_tools(example, turns, text)
             ids = chat.ids(tokenizer, text) if len(text) <= max_length * template.longest else None
             if ids is None or len(ids) > max_length:
                 return None
@@ -290,12 +291,19 @@ def _opened(example: Example, tokenizer: Any, limit: int, template: Template) ->
     if not example.prompt:
         return "", [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     text = chat.opening(tokenizer, example.prompt, template, example.rendering)
-    if any(_name(tool) not in text for tool in example.rendering.get("tools", ())):
-        raise ValueError("the chat template does not write the tools")
+    _find_tools(example, example.prompt, text)
     if len(text) > limit * template.longest:
         return None
     ids = chat.ids(tokenizer, text)
     return (text, ids) if len(ids) <= limit else None
+
+
+def _find_tools(example: Example, turns: list[Turn], text: str) -> None:
+    """Raises ValueError if a tool or a call of one is not in the text of the turns."""
+    if any(_name(tool) not in text for tool in example.rendering.get("tools", ())):
+        raise ValueError("the chat template does not write the tools")
+    if any(_name(call) not in text for turn in turns for call in turn.get("tool_calls", ())):
+        raise ValueError("the chat template does not write tool_calls")
 
 
 def _cut_prompt(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]]:
