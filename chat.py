@@ -67,6 +67,10 @@ def chat_template(tokenizer: Any, choice: str | None) -> Template:
     closing = _closing(tokenizer, template, [*answered, *asked], ending)
     if not ending.strip() and tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no eos token, and the chat template writes no end of turn")
+    try:
+        headed = render(tokenizer, [{"role": "system", "content": MARK}, *asked], template, True)
+    except ValueError:  # it has no place for a system turn
+        headed = ""
     added = tokenizer.added_tokens_decoder
     special_ids = {
         id for id, token in added.items() if token.special and not re.search(WITHIN, token.content)
@@ -76,8 +80,8 @@ def chat_template(tokenizer: Any, choice: str | None) -> Template:
     return template._replace(
         ending=ending.removesuffix(closing),
         closing=closing,
-        merges_system=not _takes_system(tokenizer, template, asked),
-        reserved="" if _is_verbatim(tokenizer, text) else _reserved(tokenizer, shown),
+        merges_system=MARK not in headed,
+        reserved="" if _is_verbatim(tokenizer, text) else _reserved(tokenizer, headed + shown),
         special_ids=frozenset(special_ids),
         spaced=tokenizer.convert_ids_to_tokens(ids(tokenizer, "a"))[:1][0].startswith("\u2581"),
         longest=max(map(len, tokenizer.get_vocab()), default=1),
@@ -118,13 +122,6 @@ def _with_bos(tokenizer: Any, text: str) -> str:
 
 def _is_verbatim(tokenizer: Any, text: str | None) -> bool:
     return text in (AS_IT_IS, _with_bos(tokenizer, AS_IT_IS))
-
-
-def _takes_system(tokenizer: Any, template: Template, asked: list[Turn]) -> bool:
-    try:
-        return MARK in render(tokenizer, [{"role": "system", "content": MARK}, *asked], template, True)
-    except ValueError:
-        return False
 
 
 def _closing(tokenizer: Any, template: Template, followed: list[Turn], ending: str) -> str:

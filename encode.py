@@ -247,10 +247,10 @@ def _refuse_reserved(example: Example, template: Template) -> None:
     """Raises ValueError for text of turns that holds the template's own tokens."""
     if not template.reserved:
         return
-    texts = [turn["content"] for turn in example.prompt]
+    texts = ["\n".join(map(str, turn.values())) for turn in example.prompt]
     for completion in example.completions:
         if isinstance(completion, list):
-            texts += [turn["content"] for turn in completion]
+            texts += ["\n".join(map(str, turn.values())) for turn in completion]
         elif example.prompt:
             texts.append(completion)
     for text in texts:
