@@ -177,7 +177,7 @@ def encode_rendered(
     for ids in found:
         while len(ids) > 2 and ids[-1] == chat.padding_id(tokenizer):
             ids.pop()
-    if len(found) > 1 and all(ids == found[0] for ids in found):
+    if _are_same(example, found):
         return SAME
     shared = os.path.commonprefix([ids[:-1] for ids in found])
     answers = [ids[len(shared) :] for ids in found]
@@ -230,7 +230,7 @@ def _encode(
         masks.append(trained[:budget])
         if not any(masks[-1]):
             return "nothing of an answer fits"
-    if len(completions) > 1 and all(ids == completions[0] for ids in completions):
+    if _are_same(example, completions):
         return SAME
     return _encoded(example, prompt, completions, masks, remark)
 
@@ -241,6 +241,12 @@ def _encoded(
     labels = desirable(example.scores)
     about = (example.scores, example.weight, example.margin, labels)
     return Encoded(prompt, completions, masks, *about, remark=remark)
+
+
+def _are_same(example: Example, encoded: list[list[int]]) -> bool:
+    """Whether nothing is left to compare, or answers that differ are the same once encoded."""
+    different = set(map(repr, example.completions))
+    return len(set(map(tuple, encoded))) < max(len(different), min(len(encoded), 2))
 
 
 def _refuse_reserved(example: Example, template: Template) -> None:
