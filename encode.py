@@ -28,6 +28,7 @@ NO_BEGINNING = (
     "the chat template does not write the answer where its generation prompt leaves off (a thought that is "
     "opened there, and that the answer lacks or the template drops?)"
 )
+CUT = "nothing of an answer fits"
 SAME = "the answers are the same once encoded"
 MERGED = "its system turn opens the first user turn, for the chat template has none"
 
@@ -120,6 +121,9 @@ def encode_turns(
                 break
             start = later.popleft()
     usable = [group for group in groups if isinstance(group, Encoded)]
+    refused = [group for group in groups if isinstance(group, str) and group != CUT]
+    if usable and refused:
+        usable[0] = usable[0]._replace(remark=f"an answer is left out: {refused[0]}")
     return usable or groups[0]
 
 
@@ -229,7 +233,7 @@ def _encode(
         completions.append(ids[:budget])
         masks.append(trained[:budget])
         if not any(masks[-1]):
-            return "nothing of an answer fits"
+            return CUT
     if _are_same(example, completions):
         return SAME
     return _encoded(example, prompt, completions, masks, remark)
