@@ -13,7 +13,9 @@ import numpy as np
 from formats import Example
 
 PAIRS = ("best-worst", "adjacent", "all")
-NO_BETTER = "no completion is the better one"  # why a row is left out
+# why a row is left out
+NO_BETTER = "no completion is the better one"
+ALONE = "one answer alone is better than none (--group-by prompt gathers those of a prompt)"
 
 
 def pair_indices(scores: Sequence[float], pairs: str) -> list[tuple[int, int]]:
@@ -61,7 +63,7 @@ def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str
         return "it has no answer"
     used = compared(example.scores, pairs)
     if not used:
-        return NO_BETTER
+        return ALONE if len(example.scores) == 1 else NO_BETTER
     completions = [example.completions[index] for index in used]
     return example._replace(completions=completions, scores=[example.scores[index] for index in used])
 
@@ -76,7 +78,9 @@ def usable_feedback(example: Example) -> Example | str:
 def usable_group(example: Example) -> Example | str:
     """The example, or the reason why its completions cannot be measured against each other, which is what a
     loss of the scores within a prompt does."""
-    return NO_BETTER if example.labelled and len(set(example.scores)) == 1 else usable_feedback(example)
+    if example.labelled and len(set(example.scores)) == 1:
+        return ALONE if len(example.scores) == 1 else NO_BETTER
+    return usable_feedback(example)
 
 
 def desirable(scores: Sequence[float]) -> list[bool]:

@@ -1100,7 +1100,7 @@ def unsuited(base) -> Path:
     [
         ("dpo", "unary", "", "no example is left"),
         ("bradley_terry", "unary", "", "no example is left"),
-        ("grpo", "unary", "", "14 left out: no completion is the better one"),
+        ("grpo", "unary", "", "14 left out: one answer alone is better than none"),
         ("grpo", "unary", "--group-by prompt --keep-undesirable 0.1", "left out: no completion is the better"),
         ("grpo", "equal", "", "6 left out: no completion is the better one"),
         ("dpo", "equal", "--group-by prompt", "4 left out: no completion is the better one"),
