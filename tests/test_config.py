@@ -119,7 +119,7 @@ FLAGS = {
     "no preference": (["--loss", "sft"], "--loss: invalid choice", "'sft'", "'dpo'"),
     "data": (["--data", "{root}/none.jsonl"], "{root}/none.jsonl: no such file"),
     "eval data": (["--eval-data", "{root}/none.jsonl"], "{root}/none.jsonl: no such file"),
-    "dataset": (["--data", "hhh"], "hhh: neither a dataset (hh, imdb"),
+    "dataset": (["--data", "hhh"], "hhh: neither a dataset (alpacaeval, helpsteer, hh, hh_harmless"),
     "template": (["--chat-template", "{root}/none.jinja"], "--chat-template {root}/none.jinja"),
     "short": (["--max-length", "2"], "no example is left at --max-length 2", "6 left out"),
     "long": (["--max-length", "4096"], "--max-length 4096 exceeds the 2048 positions of"),
