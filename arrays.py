@@ -7,8 +7,9 @@ An example is a run of pieces, its prompt and then its completions; a piece is a
 examples or completions moves pieces, never tokens.
 """
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -71,26 +72,96 @@ class Store(Sequence):
         return np.add.reduceat(self.arrays.sizes, self.arrays.first[:-1], dtype=np.int32)
 
     @property
-    def scores(self) -> Iterator[list[float]]:
-        """The scores of each example's completions."""
-        first = self.arrays.first
-        for index in range(len(self)):
-            yield self.arrays.scores[first[index] + 1 : first[index + 1]].tolist()
+    def sizes(self) -> np.ndarray:
+        """Completions of each example: (n,)."""
+        return np.diff(self.arrays.first) - 1
 
-    def only(self, chosen: Callable[[np.ndarray], np.ndarray]) -> "Store":
-        """The completions that `chosen` says of the labels of all, (c,) bool -> (c,) bool; an example that
-        loses them all is left out."""
+    @property
+    def scores(self) -> np.ndarray:
+        """Of all completions: (c,)."""
+        return self.arrays.scores[self.completions]
+
+    @property
+    def completions(self) -> np.ndarray:
+        """Which pieces are completions, of all examples: (c,)."""
+        return np.delete(np.arange(len(self.arrays.sizes)), self.arrays.first[:-1])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all completions: (c,) bool."""
+        return self.arrays.labels[self.completions]
+
+    def alike(self, index: int, one: int, other: int) -> bool:
+        """Are two completions of an example the same?"""
         found = self.arrays
-        is_prompt = np.zeros(len(found.sizes), bool)
-        is_prompt[found.first[:-1]] = True
-        kept = is_prompt.copy()  # (m,)
-        kept[~is_prompt] = chosen(found.labels[~is_prompt])
+        spans = [
+            slice(found.starts[piece], found.starts[piece] + found.sizes[piece])
+            for piece in (found.first[index] + 1 + one, found.first[index] + 1 + other)
+        ]
+        return np.array_equal(*[found.ids[span] for span in spans])
+
+    def by_prompt(self) -> "Store":
+        """Examples of one prompt as one, which stands where the first of them stood: the prompt of the first,
+        the completions of all in their order, each with its own score and label.
+
+        The arrays are made anew but for those of the tokens. A margin says how much better the best of its
+        own row is: a list has none, 0. Raises ValueError if examples of one prompt have different weights,
+        for a list has one.
+        """
+        found = self.arrays
+        _, leaders, groups = np.unique(found.prompts, return_index=True, return_inverse=True)  # (g,), (n,)
+        order = leaders.argsort()  # (g,)
+        leaders = leaders[order]  # (g,) the first example of each group, ascending
+        groups = order.argsort()[groups]  # (n,) of each example
+        if (found.weights != found.weights[leaders][groups]).any():
+            raise ValueError("rows of one prompt with different weights cannot be one list")
+        owners = groups.repeat(np.diff(found.first) - 1)  # (c,) of each completion
+        arrangement = owners.argsort(kind="stable")  # (c,)
+        first = np.concatenate([[0], (np.bincount(owners) + 1).cumsum()])  # (g + 1,)
+        pieces = np.empty(first[-1], np.int64)  # (g + c,)
+        pieces[first[:-1]] = found.first[leaders]
+        pieces[np.arange(len(owners)) + owners[arrangement] + 1] = self.completions[arrangement]
+        margins = np.zeros(len(leaders))  # (g,)
+        chosen = {name: getattr(found, name)[pieces] for name in PIECES}
+        kept = {name: getattr(found, name)[leaders] for name in ("weights", "prompts")}
+        return Store(
+            found._replace(first=first, margins=margins, **chosen, **kept), f"{self.digest} by prompt"
+        )
+
+    def chosen(
+        self, used: Callable[[int, list[float]], Sequence[int] | str], unsure: np.ndarray
+    ) -> tuple["Store", str]:
+        """The completions that `used` says of the index and the scores of each unsure example, or the reason
+        why it is left out, and all of the others; and these reasons, counted, in words. Raises ValueError if
+        nothing is left."""
+        stays = np.ones(len(self.completions), bool)  # (c,)
+        dropped = Counter()
+        first = self.arrays.first
+        for index in unsure.tolist():
+            span = slice(first[index] + 1, first[index + 1])
+            found = used(index, self.arrays.scores[span].tolist())
+            if isinstance(found, str):
+                dropped[found] += 1
+                found = []
+            own = np.zeros(span.stop - span.start, bool)
+            own[list(found)] = True
+            stays[span.start - index - 1 : span.stop - index - 1] = own
+        reasons = "; ".join(f"{number} left out: {reason}" for reason, number in dropped.items())
+        if not stays.any():
+            raise ValueError(f"no example is left ({reasons})")
+        return self if stays.all() else self.only(stays), reasons
+
+    def only(self, stays: np.ndarray) -> "Store":
+        """The completions that stay, of all (c,) bool; an example that loses them all is left out."""
+        found = self.arrays
+        kept = np.ones(len(found.sizes), bool)  # (m,)
+        kept[self.completions] = stays
         left = np.add.reduceat(kept, found.first[:-1], dtype=np.int64)  # (n,) pieces, the prompt among them
-        stays = left > 1  # (n,)
-        kept &= np.repeat(stays, np.diff(found.first))
+        full = left > 1  # (n,)
+        kept &= np.repeat(full, np.diff(found.first))
         pieces = {name: getattr(found, name)[kept] for name in PIECES}
-        examples = {name: getattr(found, name)[stays] for name in EXAMPLES}
-        first = np.concatenate([[0], left[stays].cumsum()])  # (n + 1,)
+        examples = {name: getattr(found, name)[full] for name in EXAMPLES}
+        first = np.concatenate([[0], left[full].cumsum()])  # (n + 1,)
         return Store(found._replace(first=first, **pieces, **examples), self.digest)
 
     def share(self, weight: float, seed: int) -> "Store":

@@ -77,9 +77,11 @@ def pack(groups: Sequence[Encoded], counted: bool = True, pairs: str = "best-wor
         labels += group.labels or ranking.desirable(group.scores)
         members += [number] * len(group.completions)
         weights += [group.weight * counted] * len(group.completions)
-        compared = ranking.pair_indices(group.scores, pairs)
-        found += [(first_response + better, first_response + worse) for better, worse in compared]
-        margins += [group.margin] * len(compared)
+        reach = max(group.scores) - min(group.scores)
+        for better, worse in ranking.pair_indices(group.scores, pairs):
+            found.append((first_response + better, first_response + worse))
+            # the row's margin is the best's over the worst; other pairs have their share of the scores' reach
+            margins.append(group.margin * ((group.scores[better] - group.scores[worse]) / reach))
     return Pack(
         torch.tensor([ids]),
         torch.tensor([positions]),

@@ -8,6 +8,7 @@ Nothing here knows an Example: encode.py does.
 """
 
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ TEMPLATES = {"plain": PLAIN, "none": AS_IT_IS, "raw": AS_IT_IS}
 CONTROL_TOKENS = ("<|good|>", "<|bad|>")
 ASK_FOR_GOOD = "{% if add_generation_prompt %}" + CONTROL_TOKENS[0] + "{% endif %}"
 MARK = "\0"  # stands for a content, to see what a template writes around it
+BEFORE = "\n\0.a0:(-"  # one of them stands before a text that is to be tokenised as what follows other text
+WITHIN = "think|tool|reason"  # in the names of special tokens that stand within answers
 MARGIN = 64  # tokens beyond a cut that are tokenised all the same: what the cut changes is among them
 
 
@@ -37,9 +40,10 @@ class Template(NamedTuple):
     name: str
     text: str | None  # jinja; None: the tokenizer's own
     ending: str = ""  # what it writes after an answer
+    closing: str = ""  # and then, where nothing follows: the end of a conversation, after that of a turn
     merges_system: bool = False  # it has no place for a system turn, which then opens the first user turn
     reserved: str = ""  # a regular expression of the tokens that only the template may write; "" for none
-    special_ids: frozenset[int] = frozenset()  # of tokens that are no text
+    special_ids: frozenset[int] = frozenset()  # of tokens that begin or end text or turns
     spaced: bool = False  # the tokenizer puts a space before any text
     longest: int = 1  # characters of its longest token
 
@@ -55,18 +59,29 @@ def chat_template(tokenizer: Any, choice: str | None) -> Template:
     name, text = _chosen(tokenizer, choice)
     template = Template(name, text)
     asked = [{"role": "user", "content": "a"}]
-    shown = render(tokenizer, [*asked, {"role": "assistant", "content": MARK}], template, False)
+    answered = [*asked, {"role": "assistant", "content": MARK}]
+    shown = render(tokenizer, answered, template, False)
     if MARK not in shown:
         raise ValueError(f"chat template ({name}): it does not write what the assistant says")
     ending = shown.partition(MARK)[2]
+    closing = _closing(tokenizer, template, [*answered, *asked], ending)
     if not ending.strip() and tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no eos token, and the chat template writes no end of turn")
+    try:
+        headed = render(tokenizer, [{"role": "system", "content": MARK}, *asked], template, True)
+    except ValueError:  # it has no place for a system turn
+        headed = ""
     added = tokenizer.added_tokens_decoder
-    special_ids = {id for id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    special_ids = {
+        id for id, token in added.items() if token.special and not re.search(WITHIN, token.content)
+    }
+    special_ids |= set(tokenizer.all_special_ids) - set(added)
+    special_ids -= {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
     return template._replace(
-        ending=ending,
-        merges_system=not _takes_system(tokenizer, template, asked),
-        reserved="" if _is_verbatim(tokenizer, text) else _reserved(tokenizer, shown),
+        ending=ending.removesuffix(closing),
+        closing=closing,
+        merges_system=MARK not in headed,
+        reserved="" if _is_verbatim(tokenizer, text) else _reserved(tokenizer, headed + shown),
         special_ids=frozenset(special_ids),
         spaced=tokenizer.convert_ids_to_tokens(ids(tokenizer, "a"))[:1][0].startswith("\u2581"),
         longest=max(map(len, tokenizer.get_vocab()), default=1),
@@ -97,7 +112,9 @@ def _chosen(tokenizer: Any, choice: str | None) -> tuple[str, str | None]:
 
 def _with_bos(tokenizer: Any, text: str) -> str:
     bos = tokenizer.bos_token_id
-    if bos is None or "bos_token" in text or tokenizer("a")["input_ids"][:1] != [bos]:
+    if bos is None or "bos_token" in text or tokenizer.bos_token in text:
+        return text
+    if tokenizer("a")["input_ids"][:1] != [bos]:
         return text
     begins = "messages and messages[0].content is string and messages[0].content.startswith(bos_token)"
     return "{% if not (" + begins + ") %}{{ bos_token }}{% endif %}" + text
@@ -107,18 +124,23 @@ def _is_verbatim(tokenizer: Any, text: str | None) -> bool:
     return text in (AS_IT_IS, _with_bos(tokenizer, AS_IT_IS))
 
 
-def _takes_system(tokenizer: Any, template: Template, asked: list[Turn]) -> bool:
+def _closing(tokenizer: Any, template: Template, followed: list[Turn], ending: str) -> str:
+    """What stands behind a special token that ends an answer, but only where no further turn follows."""
     try:
-        return MARK in render(tokenizer, [{"role": "system", "content": MARK}, *asked], template, True)
-    except ValueError:
-        return False
+        after = render(tokenizer, followed, template, True).partition(MARK)[2]
+    except ValueError:  # it takes one answer
+        return ""
+    common = os.path.commonprefix([ending, after])
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [common.rfind(token) + len(token) for token in special if token and token in common]
+    return ending[max(ends) :].lstrip() if ends else ""
 
 
 def _reserved(tokenizer: Any, shown: str) -> str:
     """Special tokens that begin or end text or turns; not what an answer may hold, such as marks of
     thoughts."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    written = {token for token in special if token in shown and not re.search("think|tool|reason", token)}
+    written = {token for token in special if token in shown and not re.search(WITHIN, token)}
     ends = {tokenizer.bos_token, tokenizer.eos_token} - {None, ""}
     return "|".join(re.escape(token) for token in sorted(written | ends))
 
@@ -175,9 +197,11 @@ def around(
 ) -> tuple[str, str]:
     """What the template writes before and after the content of the last turn; `before` is what stands of it
     already. Raises ValueError."""
-    marked = [*turns[:-1], {**turns[-1], "content": before + MARK}]
-    text, mark, rest = render(tokenizer, marked, template, generation, rendering).partition(MARK)
-    if not mark:
+    said = "".join(turn["content"] for turn in turns)
+    mark = next((mark for mark in map(chr, range(9)) if mark not in said), MARK)
+    marked = [*turns[:-1], {**turns[-1], "content": before + mark}]
+    text, found, rest = render(tokenizer, marked, template, generation, rendering).partition(mark)
+    if not found:
         raise ValueError("the chat template does not write the last turn as it stands")
     return text, rest
 
@@ -200,22 +224,32 @@ def ids_within(tokenizer: Any, text: str, template: Template) -> list[int]:
     whatever they are given."""
     if not template.spaced or not text:
         return ids(tokenizer, text)
-    pattern, special, before = _pieces(tokenizer)
+    pattern, special = _pieces(tokenizer)
     found = []
     for piece in re.split(pattern, text) if special else [text]:
         if piece in special:
             found.append(special[piece])
         elif piece:
-            found += ids(tokenizer, "\n" + piece)[before:]
+            found += _ids_after(tokenizer, piece)
     return found
 
 
 @functools.lru_cache(maxsize=4)
-def _pieces(tokenizer: Any) -> tuple[str, dict[str, int], int]:
-    """The added tokens as a regular expression, their ids, and how many ids a line break has."""
+def _pieces(tokenizer: Any) -> tuple[str, dict[str, int]]:
+    """The added tokens as a regular expression, and their ids."""
     special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content}
     longest_first = sorted(special, key=len, reverse=True)
-    return f"({'|'.join(map(re.escape, longest_first))})", special, len(ids(tokenizer, "\n"))
+    return f"({'|'.join(map(re.escape, longest_first))})", special
+
+
+def _ids_after(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text behind the first character that the tokenizer does not join with it. Raises
+    ValueError."""
+    for character in BEFORE:
+        before, found = ids(tokenizer, character), ids(tokenizer, character + text)
+        if found[: len(before)] == before and tokenizer.unk_token_id not in before:
+            return found[len(before) :]
+    raise ValueError("the tokenizer joins the text with whatever stands before it")
 
 
 def first_ids(tokenizer: Any, text: str, count: int, template: Template) -> list[int]:
@@ -227,6 +261,13 @@ def first_ids(tokenizer: Any, text: str, count: int, template: Template) -> list
 def last_ids(tokenizer: Any, text: str, count: int, template: Template) -> list[int]:
     """The last `count` ids of a text."""
     return ids_within(tokenizer, text[-(count + MARGIN) * template.longest :], template)[-count:]
+
+
+def without_tail(tokenizer: Any, text: str, template: Template) -> str:
+    """Without white space behind a special token that ends the text."""
+    stripped = text.rstrip()
+    last = ids(tokenizer, stripped[-template.longest :])[-1:] if stripped != text else []
+    return stripped if template.special_ids.intersection(last) else text
 
 
 def ended(found: list[int], tokenizer: Any, template: Template) -> list[int]:

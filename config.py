@@ -46,6 +46,15 @@ def user_errors() -> Iterator[None]:
         fail(str(error.filename or ""), error.strerror or str(error))
 
 
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """A ValueError within says where: what."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 # ---- flags
 # -----------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ NO_BEGINNING = (
     "the chat template does not write the answer where its generation prompt leaves off (a thought that is "
     "opened there, and that the answer lacks or the template drops?)"
 )
+CUT = "nothing of an answer fits"
 SAME = "the answers are the same once encoded"
 MERGED = "its system turn opens the first user turn, for the chat template has none"
 
@@ -40,12 +41,13 @@ class Encoded(NamedTuple):
     weight: float = 1.0
     margin: float = 0.0
     labels: list[bool] = []  # per completion: is it desirable; empty: by the scores
+    key: int | None = None  # of the prompt, where `prompt` is not all of it
     remark: str = ""  # what was done to the row that its owner may not expect
 
     @property
     def prompt_key(self) -> int:
         """Equal for equal prompts, and in 2**-64 of all cases for others."""
-        return hash(tuple(self.prompt))
+        return hash(tuple(self.prompt)) if self.key is None else self.key
 
     @property
     def tokens(self) -> int:
@@ -91,21 +93,24 @@ def encode_turns(
     renders it then."""
     limits = (tokenizer, max_length, max_prompt_length, template)
     found = encode(example, *limits)
-    if found != REWRITES or len(example.completions) > 1:
+    # an eos token that the template does not write is not in what it writes of the turn later
+    rewrites = found == REWRITES or isinstance(found, Encoded) and not template.ending.strip()
+    if not rewrites or len(example.completions) > 1 or isinstance(example.completions[0], str):
         return found
-    turns = [*example.prompt, *example.completions[0]]
+    answers = example.completions[0]
+    turns = _continued_by(example.prompt, answers)
+    first = len(turns) - len(answers)
     system, starts = _whole_turns(turns)
     later = deque(starts)
     start = 0  # of what still fits: it only moves on, so that a long conversation takes time in proportion
     groups = []
-    for index in range(len(example.prompt), len(turns)):
-        if turns[index]["role"] != "assistant" or (index and turns[index - 1]["role"] == "assistant"):
+    for index in range(first, len(turns)):
+        if turns[index]["role"] != "assistant" or index > first and turns[index - 1]["role"] == "assistant":
             continue
         while True:
-            one = example._replace(
-                prompt=[*system, *turns[start:index]] if start else turns[:index],
-                completions=[[turns[index]]],
-            )
+            history = [*system, *turns[start:index]] if start else turns[:index]
+            open_turn = example.prompt[index:]
+            one = example._replace(prompt=history + open_turn, completions=[[answers[index - first]]])
             try:
                 opened = _opened(one, tokenizer, max_prompt_length, template)
             except ValueError as error:
@@ -116,6 +121,9 @@ def encode_turns(
                 break
             start = later.popleft()
     usable = [group for group in groups if isinstance(group, Encoded)]
+    refused = [group for group in groups if isinstance(group, str) and group != CUT]
+    if usable and refused:
+        usable[0] = usable[0]._replace(remark=f"an answer is left out: {refused[0]}")
     return usable or groups[0]
 
 
@@ -156,6 +164,7 @@ def encode_rendered(
         for completion in example.completions:
             turns = _continued_by(kept, completion)
             text = chat.render(tokenizer, turns, template, False, example.rendering)
+            _find_tools(example, turns, text)
             ids = chat.ids(tokenizer, text) if len(text) <= max_length * template.longest else None
             if ids is None or len(ids) > max_length:
                 return None
@@ -172,12 +181,26 @@ def encode_rendered(
     for ids in found:
         while len(ids) > 2 and ids[-1] == chat.padding_id(tokenizer):
             ids.pop()
-    if len(found) > 1 and all(ids == found[0] for ids in found):
+    if _are_same(example, found):
         return SAME
     shared = os.path.commonprefix([ids[:-1] for ids in found])
     answers = [ids[len(shared) :] for ids in found]
     trained = [[bool(shared) or index > 0 for index in range(len(ids))] for ids in answers]
     return _encoded(example, shared, answers, trained, _merge_remark(example, template))
+
+
+def encode_whole(
+    example: Example, tokenizer: Any, max_length: int, max_prompt_length: int, template: Template
+) -> Encoded | str:
+    """`encode_rendered` with every conversation whole and no prompt before them, for rows that are gathered
+    by prompt: what ids they share is not known yet. The key is of the prompt's own ids."""
+    found = encode_rendered(example, tokenizer, max_length, max_prompt_length, template)
+    if isinstance(found, str):
+        return found
+    whole = [found.prompt + ids for ids in found.completions]
+    trained = [[index > 0 for index in range(len(ids))] for ids in whole]
+    own = chat.ids(tokenizer, chat.opening(tokenizer, example.prompt, template, example.rendering))
+    return found._replace(prompt=[], completions=whole, trained=trained, key=hash(tuple(own)))
 
 
 def _encode(
@@ -210,8 +233,8 @@ def _encode(
         completions.append(ids[:budget])
         masks.append(trained[:budget])
         if not any(masks[-1]):
-            return "nothing of an answer fits"
-    if len(completions) > 1 and all(ids == completions[0] for ids in completions):
+            return CUT
+    if _are_same(example, completions):
         return SAME
     return _encoded(example, prompt, completions, masks, remark)
 
@@ -220,17 +243,24 @@ def _encoded(
     example: Example, prompt: list[int], completions: list[list[int]], masks: list[list[bool]], remark: str
 ) -> Encoded:
     labels = desirable(example.scores)
-    return Encoded(prompt, completions, masks, example.scores, example.weight, example.margin, labels, remark)
+    about = (example.scores, example.weight, example.margin, labels)
+    return Encoded(prompt, completions, masks, *about, remark=remark)
+
+
+def _are_same(example: Example, encoded: list[list[int]]) -> bool:
+    """Whether nothing is left to compare, or answers that differ are the same once encoded."""
+    different = set(map(repr, example.completions))
+    return len(set(map(tuple, encoded))) < max(len(different), min(len(encoded), 2))
 
 
 def _refuse_reserved(example: Example, template: Template) -> None:
     """Raises ValueError for text of turns that holds the template's own tokens."""
     if not template.reserved:
         return
-    texts = [turn["content"] for turn in example.prompt]
+    texts = ["\n".join(map(str, turn.values())) for turn in example.prompt]
     for completion in example.completions:
         if isinstance(completion, list):
-            texts += [turn["content"] for turn in completion]
+            texts += ["\n".join(map(str, turn.values())) for turn in completion]
         elif example.prompt:
             texts.append(completion)
     for text in texts:
@@ -271,12 +301,19 @@ def _opened(example: Example, tokenizer: Any, limit: int, template: Template) ->
     if not example.prompt:
         return "", [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     text = chat.opening(tokenizer, example.prompt, template, example.rendering)
-    if any(_name(tool) not in text for tool in example.rendering.get("tools", ())):
-        raise ValueError("the chat template does not write the tools")
+    _find_tools(example, example.prompt, text)
     if len(text) > limit * template.longest:
         return None
     ids = chat.ids(tokenizer, text)
     return (text, ids) if len(ids) <= limit else None
+
+
+def _find_tools(example: Example, turns: list[Turn], text: str) -> None:
+    """Raises ValueError if a tool or a call of one is not in the text of the turns."""
+    if any(_name(tool) not in text for tool in example.rendering.get("tools", ())):
+        raise ValueError("the chat template does not write the tools")
+    if any(_name(call) not in text for turn in turns for call in turn.get("tool_calls", ())):
+        raise ValueError("the chat template does not write tool_calls")
 
 
 def _cut_prompt(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]]:
@@ -322,7 +359,8 @@ def _encode_completion(
     """Ids and trained mask of what follows the prompt, at least `room` of them if there are as many, and a
     remark: assistant turns and their ends of turn are trained. Raises ValueError."""
     if not example.prompt and isinstance(completion, str):
-        ids = chat.ids(tokenizer, completion[: (room + chat.MARGIN) * template.longest])
+        text = chat.without_tail(tokenizer, completion, template)
+        ids = chat.ids(tokenizer, text[: (room + chat.MARGIN) * template.longest])
         ids = chat.ended(ids, tokenizer, template)
         return ids, [True] * len(ids), ""
     conversation = _continued_by(example.prompt, completion)
@@ -343,16 +381,20 @@ def _encode_completion(
             opened = chat.around(tokenizer, [turn], template, False, rendering)[0]
         between = chat.ids_within(tokenizer, _added(done, opened, REWRITES), template)
         closed = chat.render(tokenizer, [*history, turn], template, False, rendering)
-        ending = template.ending
+        closed, ending = closed.removesuffix(template.closing), template.ending
         if not closed.endswith(ending):
             ending = chat.around(tokenizer, [*history, turn], template, False, rendering)[1]
+            ending = ending.removesuffix(template.closing)
         # a tail of white space is not the end of a turn, which is then the eos token's to write
         ends_itself = bool(ending.strip())
         answer = closed.rstrip() if ends_itself else closed[: len(closed) - len(ending)]
         added = _added(opened, answer, NO_BEGINNING)
         said = turn["content"][len(open_turn[0]["content"]) if open_turn and index == first else 0 :]
         tail = closed[max(0, len(opened) - len(said)) :]  # the generation prompt may open the answer
-        remark = remark or _change(said, turn.get("tool_calls", ()), added, tail, ending)
+        changed = _change(said, turn.get("tool_calls", ()), added, tail, ending)
+        remark = remark or changed
+        if not ends_itself:
+            added = chat.without_tail(tokenizer, added, template)
         learned = chat.first_ids(tokenizer, added, room, template)
         if not ends_itself:
             learned = chat.ended(learned, tokenizer, template)

@@ -1,7 +1,8 @@
 """Files of rows: JSON in any arrangement, tables, Parquet; plain or compressed; read a row at a time.
 
-    rows       (where, row) of a file, where "file:line" or "file[index]"
-    suffix     what says which kind of file it is
+    rows           (where, row) of a file, where "file:line" or "file[index]"
+    suffix         what says which kind of file it is
+    split_names    what a split may be called
 
 JSON may be lines, indented objects one after another, one list, or one object that holds the list ({"data":
 [...]}, {"train": [...], "test": [...]}), whatever the file is called. Bytes are UTF-8, with a byte order mark
@@ -37,6 +38,11 @@ def suffix(path: Path) -> str:
     """The suffix that says what is in a file, in lower case, without that of its compression."""
     found = [part.lower() for part in path.suffixes]
     return next((part for part in reversed(found) if part not in PACKED), "")
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """What a split may be called, best first: "test_prefs" may be "test", and that "validation"."""
+    return tuple(dict.fromkeys((split, *SPLITS.get(split.split("_")[0], ()))))
 
 
 def rows(path: Path, split: str, named: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -167,7 +173,7 @@ def _items(scan: "Scan") -> Iterator[tuple[str, Any]]:
 def _first_object(scan: "Scan", split: str, named: str | None) -> Iterator[tuple[str, Any]]:
     """The first object of a file, key by key, for it may wrap a list that is too long to hold: the rows of
     that list, or the object as a row."""
-    wanted = {*SPLITS.get(split, (split,)), *WRAPPERS} if named is None else {named}
+    wanted = {*split_names(split), *WRAPPERS} if named is None else {named}
     lists = {*wanted, *WRAPPERS, *(name for names in SPLITS.values() for name in names)}
     begin, line, row, held = scan.gone, scan.line, {}, []
     scan.take("{")

@@ -82,11 +82,12 @@ def load(
     at 0.
 
     `weights` "random" starts from the directory's config.json alone, with transformers' own initialisation
-    under `seed`. Embeddings grow to `vocabulary` rows where they have fewer and are never shrunk; new rows
-    are the mean of the old ones, so that equal models stay equal. With `reward_model` a sequence classifier
-    is taken too, as the language model whose head it has lost. Raises ValueError: no such model, pickle
-    weights, missing weights, positions shorter than `max_length`, or an architecture for which packed
-    attention does not reproduce the model's own logits.
+    under `seed`. Embeddings grow to `vocabulary` rows where they have fewer and are never shrunk; a new row
+    is the mean of the old ones plus noise that its index alone decides, so that equal models stay equal and
+    no two new tokens start as one vector. With `reward_model` a sequence classifier is taken too, as the
+    language model whose head it has lost. Raises ValueError: no such model, pickle weights, missing weights,
+    positions shorter than `max_length`, or an architecture for which packed attention does not reproduce the
+    model's own logits.
     """
     trust = {"trust_remote_code": trust_remote_code}
     options = {**trust, **_local(path)}
@@ -262,9 +263,13 @@ def _grow(lm: nn.Module, vocabulary: int) -> None:
     old = lm.get_input_embeddings().weight.shape[0]
     if vocabulary > old:
         lm.resize_token_embeddings(vocabulary, mean_resizing=False)
+        spread = getattr(lm.config.get_text_config(), "initializer_range", 0.02)
         for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
             for parameter in module.parameters():
                 parameter[old:] = parameter[:old].mean(0)
+            for row in range(old, vocabulary):  # the same twice where both are one matrix
+                noise = torch.randn(module.weight.shape[1], generator=torch.Generator().manual_seed(row))
+                module.weight[row] += spread * noise
 
 
 def _check_positions(path: str, config: Any, max_length: int) -> None:

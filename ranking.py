@@ -13,6 +13,9 @@ import numpy as np
 from formats import Example
 
 PAIRS = ("best-worst", "adjacent", "all")
+# why a row is left out
+NO_BETTER = "no completion is the better one"
+ALONE = "one answer alone is better than none (--group-by prompt gathers those of a prompt)"
 
 
 def pair_indices(scores: Sequence[float], pairs: str) -> list[tuple[int, int]]:
@@ -49,21 +52,35 @@ def pair_counts(scores: np.ndarray, sizes: np.ndarray, pairs: str) -> np.ndarray
     return sizes * (sizes - 1) // 2 - within.astype(np.int64)
 
 
+def compared(scores: Sequence[float], pairs: str) -> list[int]:
+    """The completions of a ranked list that some pair compares, in their order."""
+    return sorted({index for pair in pair_indices(scores, pairs) for index in pair})
+
+
 def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str:
     """The example with the completions that some pair compares, or the reason why there is no pair."""
     if not example.completions:
         return "it has no answer"
-    compared = pair_indices(example.scores, pairs)
-    if not compared:
-        return "no completion is the better one"
-    used = sorted({index for pair in compared for index in pair})
+    used = compared(example.scores, pairs)
+    if not used:
+        return ALONE if len(example.scores) == 1 else NO_BETTER
     completions = [example.completions[index] for index in used]
     return example._replace(completions=completions, scores=[example.scores[index] for index in used])
 
 
 def usable_feedback(example: Example) -> Example | str:
     """The example, or the reason why its completions are not known to be good or bad."""
+    if not example.completions:
+        return "it has no answer"
     return example if example.labelled else "it has no label"
+
+
+def usable_group(example: Example) -> Example | str:
+    """The example, or the reason why its completions cannot be measured against each other, which is what a
+    loss of the scores within a prompt does."""
+    if example.labelled and len(set(example.scores)) == 1:
+        return ALONE if len(example.scores) == 1 else NO_BETTER
+    return usable_feedback(example)
 
 
 def desirable(scores: Sequence[float]) -> list[bool]:
@@ -79,6 +96,6 @@ def best_completion(example: Example) -> Example | str:
     if not example.completions:
         return "it has no answer"
     if not any(desirable(example.scores)):
-        return "labelled undesirable" if len(example.scores) == 1 else "no completion is the better one"
+        return "labelled undesirable" if len(example.scores) == 1 else NO_BETTER
     best = max(range(len(example.scores)), key=lambda index: example.scores[index])
     return example._replace(completions=[example.completions[best]], scores=[example.scores[best]])

@@ -133,7 +133,8 @@ def _report(
         )
     lengths = np.sort(store.lengths)
     middle, high = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    say(f"{source}: {len(store)} examples, tokens {middle} (median), {high} (95 %), {lengths[-1]} (most)")
+    read = f"{about.rows} rows read, {len(store)} examples"
+    say(f"{source}: {read}, tokens {middle} (median), {high} (95 %), {lengths[-1]} (most)")
     for line in faults + left_out:
         say(f"  {line}")
     for remark, (number, where) in about.remarks.items():

@@ -4,11 +4,14 @@
 """
 
 import collections
+import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import batch
 import encode
@@ -161,6 +164,51 @@ def test_a_step_takes_whole_groups_and_every_epoch_as_many_steps(seed):
         groups = [index for rank in step for work in rank if work.counted for index in work.groups]
         number = sum(units[index] for index in groups)
         assert 0 < number <= max(size, *units) + max(units) - 1
+
+
+LONG = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 6), st.integers(1, 200)), min_size=1, max_size=60)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(units=LONG, size=st.integers(1, 40), seed=st.integers(0, 9), epoch=st.integers(0, 3))
+def test_a_long_list_makes_its_own_step_larger_and_no_other(units, size, seed, epoch):
+    # red: a batch size of max(size, max(units)); a share that is not cut to the batch size
+    steps = batch.plan([5] * len(units), size, 1, 10**9, seed, epoch, units)
+    assert len(steps) == batch.steps_per_epoch(units, size)
+    members = [[index for work in step[0] if work.counted for index in work.groups] for step in steps]
+    assert all(members)
+    assert sorted(itertools.chain(*members)) == list(range(len(units)))
+    short = [number for number in units if number <= size]
+    for step in members:
+        if all(units[index] <= size for index in step):
+            assert sum(units[index] for index in step) <= size + max(short) - 1
+        else:  # beside the long one, what would have been there without it
+            rest = [units[index] for index in step if units[index] <= size]
+            assert sum(units[index] > size for index in step) == 1
+            assert sum(rest) <= size - 1 + max(short, default=0)
+
+
+def test_one_long_list_leaves_the_other_steps_as_they_are():
+    """A list of 12, 66 pairs of any two, among 61 plain pairs, 16 asked for."""
+    units = [1] * 30 + [66] + [1] * 31
+    sizes = []
+    for step in batch.plan([5] * 62, 16, 2, 10**9, None, 0, units):
+        groups = [index for rank in step for work in rank if work.counted for index in work.groups]
+        sizes.append(sum(units[index] for index in groups))
+    assert sizes == [16, 14, 68, 16, 13]
+
+
+def test_a_margin_is_the_best_ones_over_the_worst():
+    # red: the margin of the row for every pair; divided by the number of pairs
+    group = encoded([1], [2], [3], [4], [5], scores=[0.0, 3.0, 1.0, 1.0])._replace(margin=0.6)
+    pairs = {}
+    for how in ("best-worst", "adjacent", "all"):
+        pack = batch.pack([group], True, how)
+        found = zip(map(tuple, pack.pairs.t().tolist()), pack.margins.tolist())
+        pairs[how] = {pair: pytest.approx(margin, rel=1e-6) for pair, margin in found}
+    assert pairs["best-worst"] == {(1, 0): 0.6}
+    assert pairs["adjacent"] == {(1, 2): 0.4, (3, 0): 0.2}  # they add up
+    assert pairs["all"] == {(1, 0): 0.6, (1, 2): 0.4, (1, 3): 0.4, (2, 0): 0.2, (3, 0): 0.2}
 
 
 def test_a_group_with_labels_and_its_pairs_in_a_pack():

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import arrays
@@ -101,7 +103,7 @@ def test_what_is_stored_is_what_encode_says(tokenizer, tmp_path, select, encoder
     expected = one_by_one(source, tokenizer, select, encoder, (128, 64))
     assert list(found) == expected and len(found) > 10
     assert found.lengths.tolist() == [example.tokens for example in expected]
-    assert list(found.scores) == [example.scores for example in expected]
+    assert found.scores.tolist() == [score for example in expected for score in example.scores]
     assert (found.arrays.prompts == [example.prompt_key for example in expected]).all()
     with pytest.raises(IndexError):
         found[len(found)]
@@ -315,7 +317,7 @@ def test_what_is_said(tokenizer, tmp_path):
     assert len(found) == 56
     middle, most = sorted(found.lengths)[28], max(found.lengths)
     assert re.fullmatch(
-        rf"{source}: 56 examples, tokens {middle} \(median\), \d+ \(95 %\), {most} \(most\)", said[0]
+        rf"{source}: 60 rows read, 56 examples, tokens {middle} \(median\), \d+ \(95 %\), {most} \(most\)", said[0]
     )
     assert sorted(said[1:-1]) == sorted([
         f"  1 cannot be used: an answer is empty (first: {source}:31)",
@@ -520,7 +522,7 @@ def test_sources_end_to_end(tokenizer, tmp_path):
     expected = [*parts[0], *parts[1], *parts[0]]
     assert list(found) == expected
     assert found.lengths.tolist() == [example.tokens for example in expected]
-    assert list(found.scores) == [example.scores for example in expected]
+    assert found.scores.tolist() == [score for example in expected for score in example.scores]
     assert (found.arrays.prompts == [example.prompt_key for example in expected]).all()
     assert found.digest not in (parts[0].digest, load([other, one, one], tmp_path / "c", tokenizer).digest)
     alike = lines(tmp_path / "c.jsonl", [pair()]), lines(tmp_path / "d.jsonl", [pair(chosen="c")])
@@ -566,7 +568,8 @@ def test_a_share_of_joined_and_thinned_stores(tokenizer, tmp_path):
     # red: pieces looked up in the store they no longer belong to
     one, other = write(tmp_path / "a.jsonl", 9), write(tmp_path / "b.jsonl", 12, seed=1)
     found = load([f"{one}:2", f"{other}:0.5"], tmp_path / "c", tokenizer, select=ranking.usable_feedback)
-    shared = found.share(1.5, 0).only(lambda labels: labels)
+    shared = found.share(1.5, 0)
+    shared = shared.only(shared.labels)
     kept = [example for example in found.share(1.5, 0) if any(example.labels)]
     assert [example.prompt for example in shared] == [example.prompt for example in kept]
     assert all(all(example.labels) for example in shared)
@@ -592,7 +595,7 @@ def test_thinned_examples_keep_what_is_theirs(tokenizer, tmp_path, good, bad):
     # red: labels made anew from what is left; examples without completions kept; offsets of the whole store
     source = write(tmp_path / "a.jsonl", 30)
     whole = load(source, tmp_path / "c", tokenizer, select=ranking.usable_feedback)
-    thinned = whole.only(functools.partial(batch.thin, seed=3, keep_desirable=good, keep_undesirable=bad))
+    thinned = whole.only(batch.thin(whole.labels, 3, keep_desirable=good, keep_undesirable=bad))
     flat = np.array([label for example in whole for label in example.labels])
     stays = iter(batch.thin(flat, 3, keep_desirable=good, keep_undesirable=bad).tolist())
     expected = []
@@ -605,3 +608,83 @@ def test_thinned_examples_keep_what_is_theirs(tokenizer, tmp_path, good, bad):
             expected.append(encode.Encoded(example.prompt, *parts, example.weight, example.margin, labels))
     assert list(thinned) == expected
     assert thinned.lengths.tolist() == [example.tokens for example in expected]
+
+
+# ---- gathered by prompt
+
+
+ANSWER = st.tuples(st.lists(st.integers(5, 9), min_size=1, max_size=4), st.integers(0, 2))  # ids, score
+ROW = st.tuples(st.integers(0, 4), st.lists(ANSWER, min_size=1, max_size=5))  # prompt, answers
+ROWS = st.lists(ROW, min_size=1, max_size=12)
+
+
+def stored(rows, **options):
+    examples = []
+    for prompt, answers in rows:
+        scores = [float(score) for _, score in answers]
+        masks = [[True] * len(ids) for ids, _ in answers]
+        row = encode.Encoded([1] * prompt, [ids for ids, _ in answers], masks, scores, **options)
+        examples.append(row._replace(labels=ranking.desirable(scores)))
+    flat = store._flat(examples)
+    return arrays.Store(flat._replace(first=np.concatenate([[0], flat.first]))), examples
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(rows=ROWS)
+def test_rows_of_one_prompt_become_one_list(rows):
+    """Against a loop over a dictionary. red: an unstable sort; prompts in the order of their keys; labels
+    made anew of all the scores; the prompt of a row left among the completions"""
+    flat, examples = stored(rows)
+    lists = {}
+    for example in examples:
+        mine = lists.setdefault(tuple(example.prompt), [[], [], [], []])
+        for all_, own in zip(mine, (example.completions, example.trained, example.scores, example.labels)):
+            all_ += own
+    expected = [
+        encode.Encoded(list(prompt), answers, trained, scores, labels=labels)
+        for prompt, (answers, trained, scores, labels) in lists.items()
+    ]
+    found = flat.by_prompt()
+    assert list(found) == expected
+    assert found.lengths.tolist() == [example.tokens for example in expected]
+    assert found.arrays.prompts.tolist() == [example.prompt_key for example in expected]
+    assert found.arrays.ids is flat.arrays.ids  # no copy of the tokens
+    assert list(found.by_prompt()) == expected
+
+
+def test_a_list_has_one_weight_and_no_margin():
+    rows = [(1, [([5], 1)]), (2, [([6], 0)]), (1, [([7], 0)])]
+    assert stored(rows, weight=0.5, margin=0.3)[0].by_prompt().arrays.weights.tolist() == [0.5, 0.5]
+    assert not stored(rows, margin=0.3)[0].by_prompt().arrays.margins.any()
+    mixed = stored(rows)[0]
+    mixed.arrays.weights[2] = 2.0
+    with pytest.raises(ValueError, match="different weights"):
+        mixed.by_prompt()
+    mixed.arrays.weights[1:] = (2.0, 1.0)  # of another prompt
+    assert mixed.by_prompt().arrays.weights.tolist() == [1.0, 2.0]
+
+
+def test_what_a_loss_learns_from_is_chosen_and_the_rest_counted():
+    # red: offsets of the whole store; the same answer twice compared with itself
+    flat, _ = stored([(1, [([5], 2), ([6], 0), ([7], 1)]), (2, [([5], 1)]), (3, [([5, 6], 1), ([5, 6], 0)])])
+    assert [flat.alike(index, 0, 1) for index in (0, 2)] == [False, True]
+    answers = {0: [0, 1], 1: "alone", 2: "alike"}
+    found, words = flat.chosen(lambda index, scores: answers[index], np.arange(3))
+    assert [(row.completions, row.scores) for row in found] == [([[5], [6]], [2.0, 0.0])]
+    assert words == "1 left out: alone; 1 left out: alike"
+    assert flat.chosen(lambda index, scores: range(len(scores)), np.arange(3)) == (flat, "")
+    with pytest.raises(ValueError, match=r"no example is left \(3 left out: none\)"):
+        flat.chosen(lambda index, scores: "none", np.arange(3))
+
+
+def test_whole_conversations_are_gathered_by_the_text_of_their_prompt(tokenizer, tmp_path):
+    """What ids two conversations share depends on both answers: no row alone can say."""
+    rows = [{"prompt": "q", "completions": [text], "scores": [len(text)]} for text in ("a", "a b", "c")]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(row | {"prompt": p}) + "\n" for p in "qr" for row in rows))
+    found = load(str(source), tmp_path / "c", tokenizer, select=ranking.usable_feedback, encoder=encode.encode_whole).by_prompt()
+    read = one_by_one(str(source), tokenizer, select=ranking.usable_feedback, encoder=encode.encode_rendered)
+    whole = [row.prompt + row.completions[0] for row in read]
+    assert [row.completions for row in found] == [whole[:3], whole[3:]]
+    assert [row.prompt for row in found] == [[], []] and found[1].scores == [1.0, 3.0, 1.0]
+    assert [mask[:2] for mask in found[0].trained] == [[False, True]] * 3
