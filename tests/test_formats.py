@@ -463,8 +463,15 @@ def test_a_pair_of_halos_keeps_rewards_that_agree():
     row = LAYOUTS["halos_pair"][0]
     assert formats.parse(row | {"label": 1}).scores == [1.0, 0.0]
     assert formats.parse(row | {"label": 1}).completions == ["Mars.", "The Oder."]
-    assert formats.parse(row | {"reward_A": 0.25}).scores == [1.0, 0.0]
+    for label in (0, 1):  # equal rewards say nothing
+        assert formats.parse(row | {"reward_A": 0.25, "label": label}).scores == [1.0, 0.0]
     assert formats.parse(row | {"reward_A": None}).scores == [1.0, 0.0]
+
+
+def test_an_input_of_white_space_is_none():
+    for blank in ("", " \n", None):
+        row = {"instruction": "Spell it.", "input": blank, "output": "i t"}
+        assert formats.parse(row).prompt == turns("Spell it.")
 
 
 # What two conversations have in common.

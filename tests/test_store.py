@@ -530,7 +530,7 @@ def test_sources_end_to_end(tokenizer, tmp_path):
     assert len(both) == 2 and both[0].prompt == both[1].prompt
 
 
-@pytest.mark.parametrize("weight", ["0.5", ".25", "1", "2", "2.5", "3.0"])
+@pytest.mark.parametrize("weight", ["0.5", ".33", "1", "2", "2.5", "3.0"])
 def test_weights_draw_a_share_by_the_seed(tokenizer, tmp_path, weight):
     # red: rows in the order in which they are drawn; the same rows whatever the seed; the first rows
     source = write(tmp_path / "a.jsonl", 29)
