@@ -331,12 +331,14 @@ def _cut_prompt(example: Example, tokenizer: Any, limit: int, template: Template
     if found is not None:
         return text, found[1]
     generation = turns[-1]["role"] != "assistant"
-    before, after = chat.around(tokenizer, [*system, turns[-1]], template, generation, rendering)
-    frame = [chat.ids(tokenizer, before), chat.ids_within(tokenizer, after if generation else "", template)]
-    room = limit - len(frame[0]) - len(frame[1])
-    if room <= 0:
+    kept = [*system, turns[-1]]
+    before, after = chat.around(tokenizer, kept, template, generation, rendering)
+    frame, after = chat.ids(tokenizer, before), after if generation else ""
+    room = limit - len(frame)
+    if room <= len(chat.ids_within(tokenizer, after, template)):
         return text, [0] * (limit + 1)
-    return text, frame[0] + chat.last_ids(tokenizer, turns[-1]["content"], room, template) + frame[1]
+    shown = chat.opening(tokenizer, kept, template, rendering)
+    return text, frame + chat.last_ids(tokenizer, shown, room, template)
 
 
 def _continued_by(history: list[Turn], completion: str | list[Turn]) -> list[Turn]:
