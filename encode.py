@@ -381,7 +381,10 @@ def _encode_completion(
             opened = chat.render(tokenizer, history, template, True, rendering)
         elif not history and not open_turn:
             opened = chat.around(tokenizer, [turn], template, False, rendering)[0]
-        between = chat.ids_within(tokenizer, _added(done, opened, REWRITES), template)
+        header = _added(done, opened, REWRITES)
+        if len(ids) >= room:
+            break
+        between = chat.ids_within(tokenizer, header, template)
         closed = chat.render(tokenizer, [*history, turn], template, False, rendering)
         closed, ending = closed.removesuffix(template.closing), template.ending
         if not closed.endswith(ending):
@@ -403,8 +406,6 @@ def _encode_completion(
         ids += between + learned
         trained += [False] * len(between) + [_is_trained(turn)] * len(learned)
         done = opened + added
-        if len(ids) >= room:
-            break
     return ids, trained, remark
 
 
