@@ -367,22 +367,25 @@ def test_half_a_character_in_a_tool(tokenizer, template_of):
 # Whole conversations, for reward models.
 
 
-def test_a_rendered_conversation_is_what_transformers_reads(tokenizer, own):
+@pytest.mark.parametrize("name", [None, "plain"], ids=str)
+def test_a_rendered_conversation_is_what_transformers_reads(tokenizer, template_of, name):
     # red: tokenised apart; the template's tail forgotten; padding left at the end
+    own = template_of(name)
     row = example("Say hello", "Hello.", "Hell, no!", scores=[1.0, 0.0])
+    options = {"tokenize": True, "return_dict": False, "chat_template": own.text}
     for pad in (tokenizer.pad_token, "<|im_end|>"):
         tokenizer.pad_token = pad
         found = encode.encode_rendered(row, tokenizer, 64, 32, own)
         for answer, ids in zip(row.completions, found.completions):
             talk = [*row.prompt, {"role": "assistant", "content": answer}]
-            read = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
+            read = tokenizer.apply_chat_template(talk, **options)
             while read[-1] == tokenizer.pad_token_id:
                 read.pop()
             assert found.prompt + ids == read
         assert found.completions[0][0] != found.completions[1][0]  # all that is common is the prompt
     long = [*turns("once", "upon"), *row.prompt]
-    cut = encode.encode_rendered(row._replace(prompt=long), tokenizer, len(found.prompt) + 20, 9, own)
-    assert cut.prompt == found.prompt
+    limit = len(found.prompt) + max(map(len, found.completions)) + 1  # with the padding
+    assert encode.encode_rendered(row._replace(prompt=long), tokenizer, limit, 9, own) == found
     assert "longer than --max-length" in encode.encode_rendered(row, tokenizer, 8, 4, own)
 
 
