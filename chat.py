@@ -259,8 +259,11 @@ def first_ids(tokenizer: Any, text: str, count: int, template: Template) -> list
 
 
 def last_ids(tokenizer: Any, text: str, count: int, template: Template) -> list[int]:
-    """The last `count` ids of a text."""
-    return ids_within(tokenizer, text[-(count + MARGIN) * template.longest :], template)[-count:]
+    """The last `count` ids of what the tokenizer makes of a text; all of it is tokenised only where the
+    beginning of a part that is long enough changes its end: one character again and again."""
+    size = (count + MARGIN) * template.longest
+    found = [ids(tokenizer, text[-size - shift :])[-count:] for shift in range(4 if len(text) > size else 1)]
+    return found[0] if all(tail == found[0] for tail in found) else ids(tokenizer, text)[-count:]
 
 
 def without_tail(tokenizer: Any, text: str, template: Template) -> str:

@@ -331,12 +331,14 @@ def _cut_prompt(example: Example, tokenizer: Any, limit: int, template: Template
     if found is not None:
         return text, found[1]
     generation = turns[-1]["role"] != "assistant"
-    before, after = chat.around(tokenizer, [*system, turns[-1]], template, generation, rendering)
-    frame = [chat.ids(tokenizer, before), chat.ids_within(tokenizer, after if generation else "", template)]
-    room = limit - len(frame[0]) - len(frame[1])
-    if room <= 0:
+    kept = [*system, turns[-1]]
+    before, after = chat.around(tokenizer, kept, template, generation, rendering)
+    frame, after = chat.ids(tokenizer, before), after if generation else ""
+    room = limit - len(frame)
+    if room <= len(chat.ids_within(tokenizer, after, template)):
         return text, [0] * (limit + 1)
-    return text, frame[0] + chat.last_ids(tokenizer, turns[-1]["content"], room, template) + frame[1]
+    shown = chat.opening(tokenizer, kept, template, rendering)
+    return text, frame + chat.last_ids(tokenizer, shown, room, template)
 
 
 def _continued_by(history: list[Turn], completion: str | list[Turn]) -> list[Turn]:
@@ -379,7 +381,10 @@ def _encode_completion(
             opened = chat.render(tokenizer, history, template, True, rendering)
         elif not history and not open_turn:
             opened = chat.around(tokenizer, [turn], template, False, rendering)[0]
-        between = chat.ids_within(tokenizer, _added(done, opened, REWRITES), template)
+        header = _added(done, opened, REWRITES)
+        if len(ids) >= room:
+            break
+        between = chat.ids_within(tokenizer, header, template)
         closed = chat.render(tokenizer, [*history, turn], template, False, rendering)
         closed, ending = closed.removesuffix(template.closing), template.ending
         if not closed.endswith(ending):
@@ -401,8 +406,6 @@ def _encode_completion(
         ids += between + learned
         trained += [False] * len(between) + [_is_trained(turn)] * len(learned)
         done = opened + added
-        if len(ids) >= room:
-            break
     return ids, trained, remark
 
 
