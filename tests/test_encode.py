@@ -287,6 +287,36 @@ def test_an_open_turn_is_continued_where_the_template_rewrites(tokenizer, templa
     ]
 
 
+def test_a_conversation_that_is_rewritten_where_its_first_answer_is_cut(tokenizer, template_of):
+    # red: cut before the template was seen to rewrite it; the second answer trained nowhere
+    row = example("q", turns("", "<t>" + "hm " * 99 + "</t>a", "r", "b")[1:])
+    found = [
+        ended_text(tokenizer, group)
+        for group in encode.encode_turns(row, tokenizer, 40, 20, template_of(HIDES))
+    ]
+    assert len(found) == 2 and found[0][1].startswith("<t>hm hm") and found[1][1] == "b<|im_end|>"
+
+
+def test_a_rewritten_conversation_takes_time_in_proportion_to_its_turns(tokenizer, template_of, monkeypatch):
+    # red: `start` that stays at the beginning: every turn renders all before it
+    template, written = template_of(HIDES), []
+    render = chat.render
+
+    def counting(*args, **options):
+        text = render(*args, **options)
+        written.append(len(text))
+        return text
+
+    monkeypatch.setattr(chat, "render", counting)
+    sizes = []
+    for number in (50, 100):
+        written.clear()
+        row = example("q", turns("", *["<t>hm</t>a", "r"] * number, "b")[1:])
+        assert len(encode.encode_turns(row, tokenizer, 60, 40, template)) == number + 1
+        sizes.append(sum(written))
+    assert sizes[1] < 2.5 * sizes[0]
+
+
 def test_a_template_that_ends_no_turn(tokenizer, template_of):
     """The eos that is trained after an answer is not in the history that the next one is sampled after."""
     # red: one group, whose second answer follows an eos
@@ -563,6 +593,8 @@ def test_a_control_token_stands_where_sampling_asks_for_it(tokenizer, template_o
     good, bad = tokenizer.convert_tokens_to_ids(list(chat.CONTROL_TOKENS))
     assert found.completions == [[good, *plain.completions[0]], [bad, *plain.completions[1]]]
     assert all(all(mask) for mask in found.trained)
+    long = encode.encode_conditioned(example("q", "a b c d e " * 9, "b"), tokenizer, 40, 32, template)
+    assert len(long.prompt) + len(long.completions[0]) == 40
     tokenizer.chat_template = (template.text or tokenizer.chat_template).removesuffix(
         "\n"
     ) + chat.ASK_FOR_GOOD
