@@ -392,7 +392,7 @@ def _folder_rows(
     if not by_split:
         raise ValueError(f"{folder}: no {', '.join(files.SUFFIXES)} file in it")
     unnamed = by_split.pop("", [])
-    if not (only_named and by_split):
+    if unnamed and not (only_named and by_split):
         by_split["train"] = sorted(by_split.get("train", []) + unnamed)
     chosen = _split_among(folder, list(by_split), _named_split(folder, suffixes), split)
     for path in by_split[chosen]:

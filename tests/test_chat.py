@@ -199,6 +199,15 @@ def test_bos_is_written_where_the_tokenizer_would_write_it(tokenizer, tmp_path, 
     assert chat.ids(tokenizer, "text")[0] != 0
 
 
+def test_a_template_that_spells_its_own_bos(tokenizer, tmp_path):
+    # red: only the name of the variable looked for
+    tokenizer.bos_token = "<|endoftext|>"
+    start = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = start
+    template = chat.chat_template(tokenizer, write(tmp_path / "a.jinja", "{{ '<|endoftext|>' }}" + TRIM))
+    assert chat.render(tokenizer, TALK, template, True).count("<|endoftext|>") == 1
+
+
 def test_what_stands_around_a_turn(tokenizer):
     template = chat.chat_template(tokenizer, None)
     before, after = chat.around(tokenizer, TALK, template, True, {})
@@ -209,6 +218,17 @@ def test_what_stands_around_a_turn(tokenizer):
     open_turn = turns("q", "The answer is")
     assert chat.opening(tokenizer, open_turn, template, {}) == (
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nThe answer is"
+    )
+
+
+@pytest.mark.parametrize("said", ["a\0b", "\0", "\0\1\2", "a"])
+def test_a_content_may_hold_any_character(tokenizer, said):
+    # red: the mark looked for in what the user wrote
+    template = chat.chat_template(tokenizer, None)
+    before, after = chat.around(tokenizer, turns("q", said), template, False, {}, said)
+    assert (before, after) == (
+        f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n{said}",
+        "<|im_end|>\n",
     )
 
 
@@ -270,6 +290,44 @@ def test_no_space_appears_within_a_text(tmp_path, text):
     assert chat.ids_within(tokenizer, "", template) == []
 
 
+def test_a_line_break_that_is_joined_with_the_text(tmp_path):
+    # red: the first letter lost where the vocabulary has a token of it and the line break
+    made = Tokenizer(
+        models.BPE(
+            {
+                "<unk>": 0,
+                "▁": 1,
+                "\n": 2,
+                "s": 3,
+                ">": 4,
+                "▁\n": 5,
+                "▁\ns": 6,
+                "a": 7,
+                "▁a": 8,
+                ".": 9,
+                "▁.": 10,
+            },
+            [("▁", "\n"), ("▁\n", "s"), ("▁", "a"), ("▁", ".")],
+            unk_token="<unk>",
+        )
+    )
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token=">")
+    template = chat.Template("x", None, spaced=True, longest=3)
+    assert chat.ids(tokenizer, "\ns>") == [6, 4]
+    assert chat.ids_within(tokenizer, "ss", template) == [3, 3]
+
+
+def test_an_unknown_letter_is_no_end(tmp_path):
+    # red: <unk> among the tokens that end a text
+    tokenizer = sentencepiece(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = chat.chat_template(tokenizer, "none")
+    unknown, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
+    assert chat.ids(tokenizer, "the cat 🙂")[-1] == unknown
+    assert chat.ended([7, unknown], tokenizer, template) == [7, unknown, eos]
+
+
 def test_the_space_is_seen(tmp_path):
     # red: spaced=False for every tokenizer
     tokenizer = sentencepiece(tmp_path)
@@ -291,6 +349,14 @@ def test_the_first_and_the_last_ids_of_a_long_text(tokenizer, seed):
     assert chat.last_ids(tokenizer, text[:9], 999, template) == chat.ids(tokenizer, text[:9])
 
 
+@pytest.mark.parametrize("text", ["a" * 5001, "ab" * 2501, "b" + "\n" * 4999 + "x", "é" * 3333])
+def test_the_last_ids_of_one_character_again_and_again(tokenizer, text):
+    # red: a part of the text taken, which begins at another place of the run
+    template = chat.chat_template(tokenizer, None)
+    for count in (1, 7, 100):
+        assert chat.last_ids(tokenizer, text, count, template) == chat.ids(tokenizer, text)[-count:]
+
+
 def test_a_long_text_is_not_tokenised_whole(tokenizer):
     # red: text for text[: ...]
     template = chat.chat_template(tokenizer, None)
@@ -303,7 +369,7 @@ def test_a_long_text_is_not_tokenised_whole(tokenizer):
 
     for cut in (chat.first_ids, chat.last_ids):
         cut(Looking(), "word " * 200_000, 20, template)
-    assert max(seen) <= (20 + chat.MARGIN) * template.longest
+    assert sum(seen) <= 6 * (20 + chat.MARGIN) * template.longest
 
 
 def test_what_no_tokenizer_takes(tokenizer):

@@ -196,6 +196,20 @@ def test_a_prompt_that_ends_with_the_assistant_is_continued(tokenizer, own):
         assert tokenizer.decode(found.completions[0]) == text
 
 
+def test_an_open_turn_that_is_too_long_loses_its_beginning(tokenizer, own):
+    # red: its end of turn written before it goes on
+    said = "one two three four five " * 9 + "six"
+    talk = [*TALK[:1], *turns("q"), {"role": "assistant", "content": said}]
+    frame = chatml(TALK[:1]) + OPENING
+    for more in (5, 20):
+        limit = len(tokenizer.encode(frame)) + more
+        found = encode.encode(example(talk, " seven", " eight"), tokenizer, 500, limit, own)
+        text = tokenizer.decode(found.prompt)
+        assert len(found.prompt) == limit and text.startswith(frame) and text.endswith(" six")
+        assert said.endswith(text.removeprefix(frame))
+        assert found.completions[0] == tokenizer.encode(" seven<|im_end|>")
+
+
 # What a template does not do.
 
 
@@ -250,6 +264,182 @@ def test_a_rewritten_conversation_is_cut_turn_by_turn(tokenizer, template_of):
     ]
     assert beyond == [tokenizer.decode(first.prompt), "<user>r<|im_end|><assistant>"]
     assert encode.encode_turns(row, tokenizer, 20, 1, template) == "nothing of the prompt fits"
+
+
+def ended_text(tokenizer, group):
+    """The prompt, and what is trained of the completion."""
+    trained = [token for token, wanted in zip(group.completions[0], group.trained[0]) if wanted]
+    return tokenizer.decode(group.prompt), tokenizer.decode(trained)
+
+
+def test_an_open_turn_is_continued_where_the_template_rewrites(tokenizer, template_of):
+    # red: the open turn and its rest as two turns; the first answer trained nowhere
+    talk = [*turns("q"), {"role": "assistant", "content": "<t>hm</t>o"}]
+    row = example(talk, [{"role": "assistant", "content": "p"}, *turns("r", "s")])
+    found = [
+        ended_text(tokenizer, group)
+        for group in encode.encode_turns(row, tokenizer, 99, 50, template_of(HIDES))
+    ]
+    end = "<|im_end|>"
+    assert found == [
+        (f"<user>q{end}<assistant><t>hm</t>o", f"p{end}"),
+        (f"<user>q{end}<assistant>op{end}<user>r{end}<assistant>", f"s{end}"),
+    ]
+
+
+def test_a_conversation_that_is_rewritten_where_its_first_answer_is_cut(tokenizer, template_of):
+    # red: cut before the template was seen to rewrite it; the second answer trained nowhere
+    row = example("q", turns("", "<t>" + "hm " * 99 + "</t>a", "r", "b")[1:])
+    found = [
+        ended_text(tokenizer, group)
+        for group in encode.encode_turns(row, tokenizer, 40, 20, template_of(HIDES))
+    ]
+    assert len(found) == 2 and found[0][1].startswith("<t>hm hm") and found[1][1] == "b<|im_end|>"
+
+
+def test_a_rewritten_conversation_takes_time_in_proportion_to_its_turns(tokenizer, template_of, monkeypatch):
+    # red: `start` that stays at the beginning: every turn renders all before it
+    template, written = template_of(HIDES), []
+    render = chat.render
+
+    def counting(*args, **options):
+        text = render(*args, **options)
+        written.append(len(text))
+        return text
+
+    monkeypatch.setattr(chat, "render", counting)
+    sizes = []
+    for number in (50, 100):
+        written.clear()
+        row = example("q", turns("", *["<t>hm</t>a", "r"] * number, "b")[1:])
+        assert len(encode.encode_turns(row, tokenizer, 60, 40, template)) == number + 1
+        sizes.append(sum(written))
+    assert sizes[1] < 2.5 * sizes[0]
+
+
+def test_a_template_that_ends_no_turn(tokenizer, template_of):
+    """The eos that is trained after an answer is not in the history that the next one is sampled after."""
+    # red: one group, whose second answer follows an eos
+    ends_not = template_of(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    row = example("q", turns("", "a", "r", "b")[1:])
+    found = [ended_text(tokenizer, group) for group in encode.encode_turns(row, tokenizer, 99, 50, ends_not)]
+    second = "user: q\n\nassistant: a\n\nuser: r\n\nassistant: "
+    assert found == [("user: q\n\nassistant: ", "a<|im_end|>"), (second, "b<|im_end|>")]
+
+
+CLOSES = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|pad|>\n' }}{% endfor %}"
+CLOSES += "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
+
+
+def test_an_answer_ends_with_its_turn_and_not_with_the_conversation(tokenizer, template_of):
+    """Phi-3 writes an end after each turn and the eos after the last one."""
+    # red: both ends trained; a group a turn, for the end of the conversation is gone when a turn is added
+    template = template_of(CLOSES)
+    assert template.closing == "<|im_end|>"
+    found = encode.encode_turns(example("q", turns("", "a", "r", "b")[1:]), tokenizer, 99, 50, template)
+    assert ended_text(tokenizer, found) == ("<user>q<|pad|>\n<assistant>", "a<|pad|>b<|pad|>")
+    assert tokenizer.decode(found.completions[0]) == "a<|pad|>\n<user>r<|pad|>\n<assistant>b<|pad|>"
+    pair = encode.encode(example("q", "a", "b"), tokenizer, 99, 50, template)
+    assert [tokenizer.decode(ids) for ids in pair.completions] == ["a<|pad|>", "b<|pad|>"]
+
+
+DROPS = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</t>')[-1] + eos_token }}{% endfor %}"
+DROPS += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_an_answer_of_which_nothing_is_left(tokenizer, template_of):
+    # red: no look at the answers behind the first that was remarked
+    template = template_of(DROPS)
+    thought = turns("", "<t>x</t>a", "r", "<t>y</t>")[1:]
+    assert encode.encode(example("q", thought), tokenizer, 99, 50, template) == (
+        "the chat template writes nothing of an answer"
+    )
+    calling = [*turns("", "<t>x</t>a", "r")[1:], {"role": "assistant", "content": "b", "tool_calls": [CALL]}]
+    assert "does not write tool_calls" in encode.encode(example("q", calling), tokenizer, 99, 50, template)
+
+
+def test_two_of_three_answers_that_become_the_same(tokenizer, template_of):
+    # red: refused only where all are the same
+    template = template_of(DROPS)
+    for encoder in (encode.encode, encode.encode_rendered):
+        row = example("q", "<t>x</t>a", "<t>y</t>a", "b")
+        assert encoder(row, tokenizer, 99, 50, template) == encode.SAME
+        twice = example("q", "a", "a", "b")  # as the row has them
+        assert isinstance(encoder(twice, tokenizer, 99, 50, template), encode.Encoded)
+
+
+def test_an_answer_of_a_rewritten_conversation_that_cannot_be_used(tokenizer, template_of):
+    # red: left out without a word
+    rest = [*turns("", "<t>x</t>a", "r")[1:], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    (group,) = encode.encode_turns(example("q", rest), tokenizer, 99, 50, template_of(HIDES))
+    assert ended_text(tokenizer, group)[1] == "<t>x</t>a<|im_end|>"
+    assert group.remark == "an answer is left out: the chat template does not write tool_calls"
+
+
+def test_calls_in_the_prompt_and_in_whole_conversations(tokenizer, template_of, own):
+    # red: looked for in answers alone
+    asked = [
+        *turns("q"),
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+    ]
+    row = example(asked, "a", "b")
+    for encoder in (encode.encode, encode.encode_rendered):
+        assert encoder(row, tokenizer, 99, 50, own) == "the chat template does not write tool_calls"
+        assert isinstance(encoder(row, tokenizer, 99, 50, template_of(TOOLS)), encode.Encoded)
+        described = example("q", "a", "b")._replace(rendering={"tools": [TOOL]})
+        assert encoder(described, tokenizer, 99, 50, own) == "the chat template does not write the tools"
+
+
+def test_special_tokens_in_calls_and_of_system_turns(tokenizer, template_of):
+    # red: contents alone looked at; the tokens of a system turn unknown
+    call = {"function": {"name": "add", "arguments": {"a": "<|im_end|>"}}}
+    row = example("q", [{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert "holds <|im_end|>" in encode.encode(row, tokenizer, 99, 50, template_of(TOOLS))
+    headed = template_of(
+        "{% for m in messages %}{{ '<|pad|>' if m.role == 'system' }}{{ m.content + eos_token }}{% endfor %}"
+    )
+    assert "holds <|pad|>" in encode.encode(example("a<|pad|>", "b", "c"), tokenizer, 99, 50, headed)
+
+
+def test_turns_that_the_row_excludes(tokenizer, own):
+    # red: one of the names unknown; a turn that is not trained left out of the history
+    for mark in ({"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0}):
+        rest = [{"role": "assistant", "content": "a", **mark}, *turns("r", "b")]
+        found = encode.encode(example("q", rest), tokenizer, 99, 50, own)
+        assert ended_text(tokenizer, found)[1] == "b<|im_end|>"
+        assert tokenizer.decode(found.completions[0]).startswith("a<|im_end|>")
+    for mark in ({"weight": 1}, {"train": True}, {}):
+        rest = [{"role": "assistant", "content": "a", **mark}, *turns("r", "b")]
+        found = encode.encode(example("q", rest), tokenizer, 99, 50, own)
+        assert ended_text(tokenizer, found)[1] == "a<|im_end|>b<|im_end|>"
+
+
+def test_text_that_was_rendered_ends_once(tokenizer, template_of):
+    # red: "<|im_end|>\n<|im_end|>"
+    verbatim = template_of("none")
+    for text in ("a<|im_end|>", "a<|im_end|>\n", "a", "a<|endoftext|> \n"):
+        end = "<|endoftext|>" if "endoftext" in text else "<|im_end|>"
+        for prompt in ("q", []):
+            found = encode.encode(example(prompt, text), tokenizer, 99, 50, verbatim)
+            assert tokenizer.decode(found.completions[0]) == "a" + end
+    found = encode.encode(example("q", "a\n"), tokenizer, 99, 50, verbatim)
+    assert tokenizer.decode(found.completions[0]) == "a\n<|im_end|>"  # white space of a text itself stays
+
+
+def test_a_thought_that_the_generation_prompt_opens_is_no_change(tokenizer, template_of):
+    # red: a remark on every row
+    opens = template_of(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><t>{% endif %}"
+    )
+    found = encode.encode(example("q", "<t>hm</t>a", "<t></t>b"), tokenizer, 99, 50, opens)
+    assert tokenizer.decode(found.prompt).endswith("<assistant><t>") and found.remark == ""
+    assert [tokenizer.decode(ids) for ids in found.completions] == ["hm</t>a<|im_end|>", "</t>b<|im_end|>"]
+    assert encode.encode(example("q", "a", "b"), tokenizer, 99, 50, opens) == encode.NO_BEGINNING
 
 
 def test_a_template_that_writes_the_prompt_otherwise(tokenizer, template_of):
@@ -367,22 +557,25 @@ def test_half_a_character_in_a_tool(tokenizer, template_of):
 # Whole conversations, for reward models.
 
 
-def test_a_rendered_conversation_is_what_transformers_reads(tokenizer, own):
+@pytest.mark.parametrize("name", [None, "plain"], ids=str)
+def test_a_rendered_conversation_is_what_transformers_reads(tokenizer, template_of, name):
     # red: tokenised apart; the template's tail forgotten; padding left at the end
+    own = template_of(name)
     row = example("Say hello", "Hello.", "Hell, no!", scores=[1.0, 0.0])
+    options = {"tokenize": True, "return_dict": False, "chat_template": own.text}
     for pad in (tokenizer.pad_token, "<|im_end|>"):
         tokenizer.pad_token = pad
         found = encode.encode_rendered(row, tokenizer, 64, 32, own)
         for answer, ids in zip(row.completions, found.completions):
             talk = [*row.prompt, {"role": "assistant", "content": answer}]
-            read = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
+            read = tokenizer.apply_chat_template(talk, **options)
             while read[-1] == tokenizer.pad_token_id:
                 read.pop()
             assert found.prompt + ids == read
         assert found.completions[0][0] != found.completions[1][0]  # all that is common is the prompt
     long = [*turns("once", "upon"), *row.prompt]
-    cut = encode.encode_rendered(row._replace(prompt=long), tokenizer, len(found.prompt) + 20, 9, own)
-    assert cut.prompt == found.prompt
+    limit = len(found.prompt) + max(map(len, found.completions)) + 1  # with the padding
+    assert encode.encode_rendered(row._replace(prompt=long), tokenizer, limit, 9, own) == found
     assert "longer than --max-length" in encode.encode_rendered(row, tokenizer, 8, 4, own)
 
 
@@ -400,6 +593,8 @@ def test_a_control_token_stands_where_sampling_asks_for_it(tokenizer, template_o
     good, bad = tokenizer.convert_tokens_to_ids(list(chat.CONTROL_TOKENS))
     assert found.completions == [[good, *plain.completions[0]], [bad, *plain.completions[1]]]
     assert all(all(mask) for mask in found.trained)
+    long = encode.encode_conditioned(example("q", "a b c d e " * 9, "b"), tokenizer, 40, 32, template)
+    assert len(long.prompt) + len(long.completions[0]) == 40
     tokenizer.chat_template = (template.text or tokenizer.chat_template).removesuffix(
         "\n"
     ) + chat.ASK_FOR_GOOD

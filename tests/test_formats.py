@@ -438,8 +438,8 @@ def test_turns_in_a_string_as_tables_hold_them():
     for prompt in (ASKED, RIVERS):
         found = formats.parse(PAIR | {"prompt": json.dumps(prompt), "chosen": json.dumps(turns("", "a")[1:])})
         assert found == Example(ASKED, ["a", "It is not."], [1.0, 0.0])
-    kept = '[{"role": "x"}, 5]'
-    assert formats.parse(PAIR | {"prompt": kept}).prompt == turns(kept)
+    for kept in ('[{"role": "x"}]', '[{"role": "user", "content": "x"}, 5]', "[{", '[{"a": ' * 9999):
+        assert formats.parse(PAIR | {"prompt": kept}).prompt == turns(kept)
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def test_a_pair_keeps_only_what_is_compared():
     assert ranking.usable_pair(listed).completions == ["b", "c"]
     assert ranking.usable_pair(listed).scores == [4.0, -1.0]
     assert ranking.usable_pair(listed, pairs="all") == listed
-    for answers, scores in ((["a", "b"], [1.0, 1.0]), (["a"], [1.0])):
-        assert ranking.usable_pair(example(*answers, scores=scores)) == "no completion is the better one"
+    assert ranking.usable_pair(example("a", "b", scores=[1.0, 1.0])) == ranking.NO_BETTER
+    assert ranking.usable_pair(example("a", scores=[1.0])) == ranking.ALONE
     assert ranking.usable_pair(example()) == "it has no answer"
 
 

@@ -164,7 +164,7 @@ def test_more_rows_than_one_process_takes(tokenizer, tmp_path, monkeypatch):
         "an answer is empty": [3, f"{source}:13"],
         f"{special}--chat-template none takes it as it is": [1, f"{source}:34"],
     }
-    assert abouts[0]["left_out"] == {"no completion is the better one": 1}
+    assert abouts[0]["left_out"] == {ranking.ALONE: 1}
     assert (abouts[0]["rows"], abouts[0]["unread"]) == (61, ["extra"])
 
 
@@ -317,7 +317,8 @@ def test_what_is_said(tokenizer, tmp_path):
     assert len(found) == 56
     middle, most = sorted(found.lengths)[28], max(found.lengths)
     assert re.fullmatch(
-        rf"{source}: 60 rows read, 56 examples, tokens {middle} \(median\), \d+ \(95 %\), {most} \(most\)", said[0]
+        rf"{source}: 60 rows read, 56 examples, tokens {middle} \(median\), \d+ \(95 %\), {most} \(most\)",
+        said[0],
     )
     assert sorted(said[1:-1]) == sorted([
         f"  1 cannot be used: an answer is empty (first: {source}:31)",
@@ -404,7 +405,7 @@ def test_nothing_left_is_an_error_that_says_why(tokenizer, tmp_path):
     source = lines(tmp_path / "a.jsonl", rows)
     message = f"{source}: no example is left at --max-length 64 (1 cannot be used: {encode.SAME} "
     message += f"(first: {source}:1); 1 cannot be used: an answer is empty (first: {source}:2); "
-    message += "1 left out: no completion is the better one; keys not read: id)"
+    message += f"1 left out: {ranking.ALONE}; keys not read: id)"
     with pytest.raises(ValueError) as caught:
         load(source, tmp_path / "c", tokenizer)
     assert str(caught.value) == message
@@ -682,7 +683,9 @@ def test_whole_conversations_are_gathered_by_the_text_of_their_prompt(tokenizer,
     rows = [{"prompt": "q", "completions": [text], "scores": [len(text)]} for text in ("a", "a b", "c")]
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(row | {"prompt": p}) + "\n" for p in "qr" for row in rows))
-    found = load(str(source), tmp_path / "c", tokenizer, select=ranking.usable_feedback, encoder=encode.encode_whole).by_prompt()
+    found = load(
+        str(source), tmp_path / "c", tokenizer, select=ranking.usable_feedback, encoder=encode.encode_whole
+    ).by_prompt()
     read = one_by_one(str(source), tokenizer, select=ranking.usable_feedback, encoder=encode.encode_rendered)
     whole = [row.prompt + row.completions[0] for row in read]
     assert [row.completions for row in found] == [whole[:3], whole[3:]]
