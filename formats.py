@@ -432,7 +432,7 @@ def _missing(keys: frozenset[str], everything: frozenset[str]) -> str | None:
     }
     nearest = min(lacking, key=lambda layout: len(lacking[layout]))
     named = ", ".join(f'"{key}"' for key in (lacking[nearest] if begun else ["prompt", "chosen", "rejected"]))
-    raise ValueError(f"missing {named} (keys: {', '.join(sorted(map(str, keys)))[:200] or 'none'})")
+    raise ValueError(f"missing {named} (keys: {values.names(keys)})")
 
 
 def _null(keys: frozenset[str], everything: frozenset[str]) -> str:
@@ -535,6 +535,6 @@ def _records(value: Any, key: str) -> list[dict[str, Any]]:
 
 def _value(record: dict[str, Any], key: str) -> Any:
     if key not in record:
-        named = ", ".join(sorted(map(str, record)))[:200]
+        named = values.names(record)
         raise ValueError(f'missing "{key}" in an answer (keys: {named})')
     return record[key]

@@ -127,7 +127,7 @@ def _report(
         raise ValueError(f"{where}: {why}; {faulty} of {about.rows} rows cannot be used, {limit}")
     if not len(store):
         reasons = "; ".join([*faults, *left_out])
-        unread = f"; keys not read: {', '.join(about.unread[:20])}" * bool(about.unread)
+        unread = f"; keys not read: {values.names(about.unread[:20])}" * bool(about.unread)
         raise ValueError(
             f"{source}: no example is left at --max-length {encoding.max_length} ({reasons}{unread})"
         )
@@ -140,7 +140,7 @@ def _report(
     for remark, (number, where) in about.remarks.items():
         say(f"  {number} changed: {remark} (first: {where})")
     if about.unread:
-        say(f"  keys not read: {', '.join(about.unread[:20])}{', ...' * (len(about.unread) > 20)}")
+        say(f"  keys not read: {values.names(about.unread[:20])}{', ...' * (len(about.unread) > 20)}")
 
 
 def _name(source: str, split: str, encoding: Encoding) -> str:

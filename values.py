@@ -5,7 +5,7 @@ says is not looked at, but by `text_fault`.
 """
 
 import json
-from typing import Any
+from typing import Any, Iterable
 
 Turn = dict[str, Any]
 ROLES = {
@@ -205,6 +205,12 @@ def text_fault(turn: Turn, what: str) -> str:
     if not content.isascii() and any("\ud800" <= letter <= "\udfff" for letter in content):
         return f"{what} has half a surrogate pair, which is no character"
     return ""
+
+
+def names(keys: Iterable[Any]) -> str:
+    """Keys as a line of text names them."""
+    plain = (str(key) if str(key).isprintable() else shown(key) for key in keys)
+    return ", ".join(sorted(plain))[:200] or "none"
 
 
 def shown(value: Any) -> str:
