@@ -226,9 +226,9 @@ def ids_within(tokenizer: Any, text: str, template: Template) -> list[int]:
         return ids(tokenizer, text)
     pattern, special = _pieces(tokenizer)
     found = []
-    for piece in re.split(pattern, text) if special else [text]:
-        if piece in special:
-            found.append(special[piece])
+    for index, piece in enumerate(re.split(pattern, text) if special else [text]):
+        if index % 2:
+            found.append(special[piece] if piece in special else special[piece.strip()])
         elif piece:
             found += _ids_after(tokenizer, piece)
     return found
@@ -237,9 +237,14 @@ def ids_within(tokenizer: Any, text: str, template: Template) -> list[int]:
 @functools.lru_cache(maxsize=4)
 def _pieces(tokenizer: Any) -> tuple[str, dict[str, int]]:
     """The added tokens as a regular expression, and their ids."""
-    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content}
-    longest_first = sorted(special, key=len, reverse=True)
-    return f"({'|'.join(map(re.escape, longest_first))})", special
+    added = {
+        token.content: (id, token) for id, token in tokenizer.added_tokens_decoder.items() if token.content
+    }
+    patterns = []
+    for content in sorted(added, key=len, reverse=True):
+        token = added[content][1]
+        patterns.append(r"\s*" * token.lstrip + re.escape(content) + r"\s*" * token.rstrip)
+    return f"({'|'.join(patterns)})", {content: id for content, (id, _) in added.items()}
 
 
 def _ids_after(tokenizer: Any, text: str) -> list[int]:

@@ -384,7 +384,9 @@ def _encode_completion(
         header = _added(done, opened, REWRITES)
         if len(ids) >= room:
             break
-        between = chat.ids_within(tokenizer, header, template)
+        before = tokenizer.convert_ids_to_tokens(ids[-1:]) if ids and ids[-1] in template.special_ids else []
+        # behind the end of the turn before, which may be a token that takes white space with it
+        between = chat.ids_within(tokenizer, "".join(before) + header, template)[len(before) :]
         closed = chat.render(tokenizer, [*history, turn], template, False, rendering)
         closed, ending = closed.removesuffix(template.closing), template.ending
         if not closed.endswith(ending):
