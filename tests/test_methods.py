@@ -1104,7 +1104,7 @@ def unsuited(base) -> Path:
         ("grpo", "unary", "--group-by prompt --keep-undesirable 0.1", "left out: no completion is the better"),
         ("grpo", "equal", "", "6 left out: no completion is the better one"),
         ("dpo", "equal", "--group-by prompt", "4 left out: no completion is the better one"),
-        ("dpo", "cut", "", "1 left out: chosen and rejected are the same tokens"),
+        ("dpo", "cut", "", "1 cannot be used: the answers are the same once encoded"),
         ("kto", "alike", "", "alike.jsonl: the KL estimate needs two different prompts"),
         ("kto", "one good", "--keep-undesirable 0", "one good.jsonl: the KL estimate needs two different"),
         ("kto", "unary", "--eval-examples 1", "at --eval-examples 1: the KL estimate needs two different"),
