@@ -396,7 +396,7 @@ def test_what_rows_hold_does_not_reach_the_terminal_as_a_command(seen, write):
     assert texts(out)[1][1] == f"[[{NASTY}<|im_end|>]]".replace("\x1b", "\\x1b").replace(
         "\u202e", "\\u202e"
     ).replace("\r", "\\r")
-    assert "keys not read: \\x1b[2Jkey" in out
+    assert 'keys not read: "\\u001b[2Jkey"' in out
 
 
 # ---- the page
