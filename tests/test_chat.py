@@ -337,7 +337,7 @@ def test_the_space_is_seen(tmp_path):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_first_and_the_last_ids_of_a_long_text(tokenizer, seed):
-    # red: a margin of 0; cut by characters as if each were a token
+    # red: cut by characters as if each were a token
     rng = random.Random(seed)
     template = chat.chat_template(tokenizer, None)
     text = "".join(rng.choices(["the ", "river", " 日本", "🙂", "\n", "x" * 9, " Elbe."], k=4000))
