@@ -6,6 +6,7 @@
 import collections
 import itertools
 import random
+import time
 
 import numpy as np
 import pytest
@@ -219,3 +220,15 @@ def test_a_group_with_labels_and_its_pairs_in_a_pack():
     assert pack.group.tolist() == [0, 0, 0, 1]
     assert pack.pair_weights.tolist() == [1.0] * 3
     assert not batch.pack(groups, False).weights.any()
+
+
+def test_a_million_rows_are_planned_in_seconds():
+    """Counting pairs and planning an epoch are array arithmetic. red: a loop over rows in either"""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 4, 1_000_000)
+    began = time.process_time()
+    counts = ranking.pair_counts(rng.random(sizes.sum()), sizes, "all")
+    steps = batch.plan(rng.integers(20, 500, len(sizes)), 16, 2, 4096, 0, 0, np.maximum(counts, 1))
+    assert len(steps[len(steps) // 2]) == 2
+    assert time.process_time() - began < 4  # in Python 15
+    assert counts.tolist()[:1000] == (sizes * (sizes - 1) // 2).tolist()[:1000]
