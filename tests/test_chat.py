@@ -290,6 +290,15 @@ def test_no_space_appears_within_a_text(tmp_path, text):
     assert chat.ids_within(tokenizer, "", template) == []
 
 
+def test_the_longest_of_the_added_tokens_is_found(tmp_path):
+    # red: the first that matches
+    tokenizer = sentencepiece(tmp_path)
+    tokenizer.add_tokens(["[INST]>"], special_tokens=True)
+    (longer,) = tokenizer.convert_tokens_to_ids(["[INST]>"])
+    template = chat.Template("x", None, spaced=True, longest=8)
+    assert chat.ids_within(tokenizer, "dog[INST]>dog", template)[1:2] == [longer]
+
+
 def test_a_line_break_that_is_joined_with_the_text(tmp_path):
     # red: the first letter lost where the vocabulary has a token of it and the line break
     made = Tokenizer(

@@ -249,6 +249,9 @@ def test_a_file_with_splits(tmp_path):
 def test_a_colon_in_a_name(tmp_path):
     # red: a path split at its colons although it exists
     assert texts(write(tmp_path / "a:b" / "x:1.jsonl", "t")) == texts(tmp_path / "a:b") == ["t"]
+    assert texts(write(tmp_path / "data:2" / "a.jsonl", "u").parent) == ["u"]
+    assert data.weighted(f"{tmp_path}/data:2") == (f"{tmp_path}/data:2", 1.0)
+    assert data.weighted(f"{tmp_path}/data:2:2") == (f"{tmp_path}/data:2", 2.0)
     assert data.weighted(f"{tmp_path}/a:b/x:1.jsonl:2") == (f"{tmp_path}/a:b/x:1.jsonl", 2.0)
 
 
