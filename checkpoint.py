@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 import zlib
+from enum import EnumType
 from pathlib import Path
 from typing import Any, NoReturn, Sequence
 
@@ -64,6 +65,8 @@ class SafeReader(FileSystemReader):
 
         class Unpickler(pickle.Unpickler):
             def find_class(self, module: str, name: str) -> Any:
+                if (module, name) == ("builtins", "getattr"):
+                    return _member  # Python before 3.11.4 writes the members of an enumeration so
                 if name not in ALLOWED.get(module, ()):
                     raise ValueError(
                         f"{path}: checkpoint metadata refers to {module}.{name}; refusing to load it"
@@ -77,6 +80,13 @@ class SafeReader(FileSystemReader):
                 raise ValueError(f"{path}: entry {name} is not a tensor; refusing to load it")
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _member(enumeration: Any, name: str) -> Any:
+    """The member of an enumeration; for anything else a ValueError."""
+    if not isinstance(enumeration, EnumType) or name not in enumeration.__members__:
+        raise ValueError(f"checkpoint metadata asks for {name!r} of {enumeration!r}; refusing to load it")
+    return enumeration[name]
 
 
 def save(
