@@ -23,18 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import arrays
 import attention
 import batch
+import chat
 import checkpoint
 import config
 import data
+import encode
 import fsdp
 import losses
 import model
+import ranking
 import store
 import vocab
-from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_start
-from objective import make_objective, means, resolve, statistics, tally
+from arrays import Store
+from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_partners, check_start
+from objective import make_objective, means, resolve, seen, statistics, tally
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,9 +49,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", required=True, help="policy to start from: a directory or a hub name")
     add("--reference", default=None, help="frozen reference model; None: the policy's start")
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
-    add("--data", required=True, help="hh, NAME=DIR, or a .jsonl or .json file")
-    add("--eval-data", default=None, help="held-out rows; None: the test split of a named --data, else none")
-    add("--chat-template", default=None, help="plain, raw or a file; None: the tokenizer's own, else plain")
+    add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half")
+    add("--eval-data", default=None, nargs="+", help="held-out rows; None: the test split of a named --data")
+    add("--strict-data", type=config.boolean, default=False, help="stop at a row that cannot be used")
+    add("--group-by", choices=("prompt",), default=None, help="rows of the same prompt are one list")
+    add("--chat-template", default=None, help="plain, none, a name or a file; None: the tokenizer's")
     add("--loss", choices=LOSSES, default="dpo")
     add("--risk", choices=RISKS, default=None, help="of the losses that take one; None: cvar for those")
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
@@ -79,30 +86,38 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def load_examples(
-    source: str,
+    sources: Sequence[str],
     split: str,
     tokenizer: Any,
     template: Any,
     objective: Objective,
     args: argparse.Namespace,
     say: Callable,
-) -> store.Store:
-    """Read and encode, or take from the cache; says what was left out and why. Raises ValueError if nothing
-    is left."""
-    select = data.usable_feedback
-    if objective.pairs:
-        select = functools.partial(data.usable_pair, pairs=objective.pairs)
-    encoder = data.encode_rendered if objective.scores else data.encode
-    limits = (args.max_length, args.max_prompt_length)
-    found = store.load(source, split, select, encoder, tokenizer, template, *limits, args.token_cache, say)
-    if objective.mismatches:
-        try:
-            batch.partners(found.arrays.prompts, range(len(found)))  # refused now if it cannot be done later
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+) -> Store:
+    """Read and encode, or take from the cache; gather by prompt, thin, and keep what the loss learns from.
+    Says what was left out and why. Raises ValueError if nothing is left, or for rows that are no list."""
+    select = ranking.usable_feedback if args.group_by else objective.select
+    encoder = encode.encode
+    if objective.scores:
+        encoder = encode.encode_whole if args.group_by else encode.encode_rendered
+    how = store.Encoding(select, encoder, tokenizer, args.max_length, args.max_prompt_length, template)
+    options = {"cache": args.token_cache, "strict": args.strict_data, "seed": args.seed}
+    found = store.load(sources, split, how, say=say, **options)
+    source = " ".join(sources)
     offsets = int((found.arrays.margins != 0).sum())
     if offsets and "margins" not in objective.needs:
         say(f"{source}: {offsets} rows have a margin, which --loss {args.loss} does not use")
+    elif offsets and args.group_by:
+        raise ValueError(f"{source}: {offsets} rows have a margin, which says nothing of a list of several")
+    with config.located(source):
+        if args.group_by:
+            found = found.by_prompt()
+            say(f"{source}: {len(found)} lists by prompt")
+        if objective.thin is not None and split == "train":
+            found = found.only(objective.thin(found.labels, args.seed))
+        found, reasons = found.chosen(functools.partial(objective.used, found), objective.unsure(found, args))
+    if reasons:
+        say(f"{source}: {reasons}")
     return found
 
 
@@ -132,11 +147,9 @@ def forward(
         tokens = vocab.token_statistics(hidden, policy.head, pack.targets, twin, *drift, entropy=wanted)
     if policy.value_head is not None:
         values = policy.value_head(hidden.detach())[:, 0]  # (N,) the critic does not train the body
-    stats = seen = statistics(pack, tokens, bool(objective.pairs), frozen, values, scores)
-    if objective.humanline is not None:
-        clamped = tokens._replace(logps=objective.humanline(tokens.logps, tokens.ref_logps))
-        seen = statistics(pack, clamped, bool(objective.pairs), frozen, values, scores)
-    out = objective.loss(**{name: seen[name] for name in objective.needs})
+    stats = statistics(pack, tokens, bool(objective.pairs), frozen, values, scores)
+    given = seen(objective, stats, pack)
+    out = objective.loss(**{name: given[name] for name in objective.needs})
     if objective.with_sft is not None:
         added = objective.with_sft(out.losses, stats["policy_logps"], stats["lengths"])  # (B,)
         out = out._replace(losses=added)
@@ -165,15 +178,13 @@ def freeze(
         sums = {}
         if objective.mismatches:
             twin = (hidden_states(reference, stranger), reference.head)
-            tokens = vocab.token_statistics(
-                hidden_states(policy, stranger), policy.head, stranger.targets, twin
-            )
-            if objective.humanline is not None:
-                tokens = tokens._replace(logps=objective.humanline(tokens.logps, tokens.ref_logps))
+            hidden = hidden_states(policy, stranger)  # (N', D)
+            tokens = vocab.token_statistics(hidden, policy.head, stranger.targets, twin)
             logratios = tokens.logps - tokens.ref_logps  # (N',)
-            peaks = logratios.new_zeros(len(stranger.ends)).scatter_reduce(
-                0, stranger.response, logratios, "amax"
-            )
+            if objective.humanline is not None:
+                logratios = objective.humanline(logratios)  # (N',)
+            zeros = logratios.new_zeros(len(stranger.ends))
+            peaks = zeros.scatter_reduce(0, stranger.response, logratios, "amax")
             founds[k] = founds[k]._replace(kl_token_max=peaks)  # (R,) >= 0
             sums["kl_estimate"] = batch.summed(by_response(logratios, stranger), pack)
         if objective.advantages is not None:
@@ -201,7 +212,7 @@ def freeze(
 
 def make_packs(
     objective: Objective,
-    examples: Sequence[data.Encoded],
+    examples: Sequence[encode.Encoded],
     works: list[batch.Work],
     partners: np.ndarray | None,
     args: argparse.Namespace,
@@ -224,7 +235,7 @@ def evaluate(
     objective: Objective,
     policy: model.LanguageModel,
     reference: model.LanguageModel | None,
-    examples: list[data.Encoded],
+    examples: list[encode.Encoded],
     delta: Tensor,
     args: argparse.Namespace,
     device: torch.device,
@@ -232,9 +243,8 @@ def evaluate(
     """Means over the held-out examples, all ranks together."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
-    partners = None
-    if objective.mismatches:
-        partners = batch.partners([example.prompt_key for example in examples], range(len(examples)))
+    keys = [example.prompt_key for example in examples]
+    partners = batch.partners(keys, range(len(keys))) if objective.mismatches else None
     works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
     packs, strangers = make_packs(objective, examples, works, partners, args, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
@@ -270,16 +280,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
         tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
-        template = data.chat_template(tokenizer, args.chat_template)
-        say(f"chat template: {template[0]}")
+        template = chat.chat_template(tokenizer, args.chat_template)
+        say(f"chat template: {template.name}")
         train = load_examples(args.data, "train", tokenizer, template, objective, args, say)
-        if objective.thin is not None:
-            train = train.only(functools.partial(objective.thin, seed=args.seed))
-        held_out = data.held_out_source(args.data, args.eval_data)
+        check_partners(objective, " ".join(args.data), train.arrays.prompts)
+        held_out = data.held_out(args.data, args.eval_data)
         evaluated = []
         if held_out:
             evaluated = load_examples(held_out, "test", tokenizer, template, objective, args, say)
-        evaluated = data.subset(evaluated, args.eval_examples)
+            evaluated = arrays.subset(evaluated, args.eval_examples)
+            where = f"{' '.join(held_out)} at --eval-examples {args.eval_examples}"
+            check_partners(objective, where, [example.prompt_key for example in evaluated])
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(args.model, torch.float32, *options, reward_model=objective.scores)
@@ -296,9 +307,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if objective.advantages is not None:
             model.add_value_head(policy, args.model, args.seed)
         if objective.scores:
-            tokenizer.pad_token_id = data.padding_id(tokenizer)
+            tokenizer.pad_token_id = chat.padding_id(tokenizer)
             model.add_score(policy, args.model, tokenizer.pad_token_id)
-    tokenizer.chat_template = template[1] or tokenizer.chat_template  # what was trained with goes along
+    tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
+    model.stop_at(policy, encode.stop_ids(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
     if reference is not None:
@@ -313,19 +325,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra["reference"] = dict(reference.named_parameters())
 
     lengths = train.lengths  # (n,)
-    units = np.fromiter(map(objective.batch_units, train.scores), int)  # (n,)
+    units = objective.counts(train)  # (n,)
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
+    made = vars(args) | {"data_digest": train.digest}
     with config.user_errors():
         start = checkpoint.resume(
-            args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device, extra
+            args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, extra
         )
     lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if rank == 0:
         config.rewind_log(args.out, start)
         tokenizer.save_pretrained(f"{args.out}/tokenizer")
-    size = f"{units.sum()} {objective.batch_unit}"
-    say(f"start at step {start} of {total}: {args.loss}, {size}, {world_size} ranks")
+        policy.lm.generation_config.to_json_file(f"{args.out}/tokenizer/generation_config.json")
+    unit = objective.batch_unit
+    long = units[units > args.batch_size]  # of lists, which are not split
+    if len(long):
+        say(f"{len(long)} of {len(units)} lists have up to {long.max()} {unit}: a step with one is as large")
+    say(f"start at step {start} of {total}: {args.loss}, {units.sum()} {unit}, {world_size} ranks")
 
     config.write_status(args, rank, "running", start)
     log = functools.partial(config.write_row, args, rank, total)
@@ -346,9 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = evaluate(objective, policy, reference, evaluated, delta, args, device)
             log(row | {"step": step})
         if args.save_every and step % args.save_every == 0 and step > start:
-            checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last, extra)
-        if args.sync_reference_every and step and step % args.sync_reference_every == 0:
-            fsdp.copy_parameters(policy, reference)
+            checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last, extra)
 
         began = time.perf_counter()
         if update == 0:
@@ -379,6 +394,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             config.write_status(args, rank, "failed", step)
             config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
+        if args.sync_reference_every and (step + 1) % args.sync_reference_every == 0:
+            fsdp.copy_parameters(policy, reference)  # the policy before this update, not the one after it
         optimizer.step()
         optimizer.zero_grad()
 
@@ -396,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": total})
     if total > 0:
         if args.save_every:
-            checkpoint.save(args.out, total, policy, optimizer, vars(args), args.keep_last, extra)
+            checkpoint.save(args.out, total, policy, optimizer, made, args.keep_last, extra)
         checkpoint.export(policy, tokenizer, f"{args.out}/final")
         say(f"wrote {args.out}/final")
     config.write_status(args, rank, "done", total)

@@ -8,6 +8,7 @@
 Left out: groups split over micro-batches or ranks.
 """
 
+from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple, Sequence
 
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
+import ranking
+from encode import Encoded
 
 
 class Pack(NamedTuple):
@@ -49,7 +51,7 @@ class Work(NamedTuple):
     counted: bool  # False for a filler, run with weight 0 so that all ranks meet in every collective
 
 
-def pack(groups: Sequence[data.Encoded], counted: bool = True, pairs: str = "best-worst") -> Pack:
+def pack(groups: Sequence[Encoded], counted: bool = True, pairs: str = "best-worst") -> Pack:
     """Groups end to end in one row, nothing padded. `counted` False makes every weight 0 (a filler)."""
     ids, positions, sizes, predict, targets, response, ends, scores, weights = ([] for _ in range(9))
     labels, members, found, margins = ([] for _ in range(4))
@@ -72,12 +74,14 @@ def pack(groups: Sequence[data.Encoded], counted: bool = True, pairs: str = "bes
             ends.append(len(ids) - 1)
         sizes.append((prompt, [len(completion) for completion in group.completions]))
         scores += group.scores
-        labels += group.labels or data.desirable(group.scores)
+        labels += group.labels or ranking.desirable(group.scores)
         members += [number] * len(group.completions)
         weights += [group.weight * counted] * len(group.completions)
-        compared = data.pair_indices(group.scores, pairs)
-        found += [(first_response + better, first_response + worse) for better, worse in compared]
-        margins += [group.margin] * len(compared)
+        reach = max(group.scores) - min(group.scores)
+        for better, worse in ranking.pair_indices(group.scores, pairs):
+            found.append((first_response + better, first_response + worse))
+            # the row's margin is the best's over the worst; other pairs have their share of the scores' reach
+            margins.append(group.margin * ((group.scores[better] - group.scores[worse]) / reach))
     return Pack(
         torch.tensor([ids]),
         torch.tensor([positions]),
@@ -145,7 +149,7 @@ def partners(prompts: Sequence[int], order: Sequence[int]) -> np.ndarray:
     return found
 
 
-def mismatched(example: data.Encoded, other: data.Encoded, max_length: int) -> data.Encoded:
+def mismatched(example: Encoded, other: Encoded, max_length: int) -> Encoded:
     """An example's prompt with another's completions, as many as its own; cut on the right to max_length."""
     taken = [j % len(other.completions) for j in range(len(example.completions))]
     room = max_length - len(example.prompt)
@@ -164,31 +168,44 @@ def plan(
     seed: int | None,
     epoch: int = 0,
     units: Sequence[int] | None = None,
-) -> list[list[list[Work]]]:
+) -> "Plan":
     """Every optimiser step of an epoch: plan[step][rank] is that rank's micro-batches in order.
 
     `lengths` are tokens of each group. A step takes groups of batch_size units on average (pairs or
     responses; `units` None: every group is one) over all ranks: the group that crosses a border goes to the
-    next step, and the last step of the epoch takes what is left. All ranks have the same number of
-    micro-batches in a step, as collectives demand; a rank without work runs the smallest group uncounted. No
-    micro-batch exceeds the budget unless a single group does. A pure function: every rank computes the same
-    plan, and resuming at a step is looking it up.
+    next step, and the last step of the epoch takes what is left. A group of more than batch_size units counts
+    for batch_size of them, so that it makes no other step larger than its own. All ranks have the same number
+    of micro-batches in a step, as collectives demand; a rank without work runs the smallest group uncounted.
+    No micro-batch exceeds the budget unless a single group does. A pure function: every rank computes the
+    same plan, and resuming at a step is looking it up.
     """
-    order = epoch_order(len(lengths), seed, epoch)
-    units = np.ones(len(lengths), int) if units is None else units
-    batch_size = max(batch_size, max(units))
-    smallest = min(order, key=lambda index: lengths[index])
-    batches = [[] for _ in range(steps_per_epoch(units, batch_size))]
-    done = 0
-    for index in order:
-        done += units[index]
-        batches[(done - 1) // batch_size].append(index)
-    steps = []
-    for batch in batches:
-        bins = _balance(batch, lengths, world_size, tokens_per_microbatch)
-        works = [Work(groups, True) if groups else Work([smallest], False) for groups in bins]
-        steps.append([works[rank::world_size] for rank in range(world_size)])
-    return steps
+    lengths = np.asarray(lengths)
+    order = np.asarray(epoch_order(len(lengths), seed, epoch))  # (n,)
+    units = np.ones(len(lengths), np.int64) if units is None else np.asarray(units)
+    done = np.minimum(units, batch_size)[order].cumsum()  # (n,) units at the end of each group
+    steps = steps_per_epoch(units, batch_size)
+    starts = np.searchsorted((done - 1) // batch_size, np.arange(1, steps))
+    smallest = int(order[lengths[order].argmin()])
+    return Plan(np.split(order, starts), lengths, world_size, tokens_per_microbatch, smallest)
+
+
+@dataclass
+class Plan(Sequence):
+    """The steps of an epoch, each put together when it is asked for."""
+
+    batches: list[np.ndarray]  # groups of each step
+    lengths: np.ndarray  # (n,)
+    world_size: int
+    budget: int
+    smallest: int  # the group that a rank without work runs
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, step: int) -> list[list[Work]]:
+        bins = _balance(self.batches[step].tolist(), self.lengths, self.world_size, self.budget)
+        works = [Work(groups, True) if groups else Work([self.smallest], False) for groups in bins]
+        return [works[rank :: self.world_size] for rank in range(self.world_size)]
 
 
 def epoch_order(size: int, seed: int | None, epoch: int) -> list[int]:
@@ -200,8 +217,9 @@ def epoch_order(size: int, seed: int | None, epoch: int) -> list[int]:
 
 
 def steps_per_epoch(units: Sequence[int], batch_size: int) -> int:
-    """Optimiser steps of an epoch: no group is split, so a step has at least the units of the largest."""
-    return ceil(sum(units) / max(batch_size, max(units)))
+    """Optimiser steps of an epoch. No group counts for more than a step, so none of them is empty, whatever
+    the order."""
+    return ceil(int(np.minimum(units, batch_size).sum()) / batch_size)
 
 
 def _balance(groups: list[int], lengths: Sequence[int], world_size: int, budget: int) -> list[list[int]]:
@@ -210,15 +228,16 @@ def _balance(groups: list[int], lengths: Sequence[int], world_size: int, budget:
 
     Bins come sorted by tokens, so that the ranks of one micro-batch carry nearly the same load.
     """
-    by_length = sorted(groups, key=lambda index: -lengths[index])
-    rounds = max(1, ceil(sum(min(lengths[index], budget) for index in groups) / (world_size * budget)))
+    sizes = {index: int(lengths[index]) for index in groups}
+    by_length = sorted(groups, key=lambda index: -sizes[index])
+    rounds = max(1, ceil(sum(min(size, budget) for size in sizes.values()) / (world_size * budget)))
     while True:
         bins = [[] for _ in range(rounds * world_size)]
         loads = [0] * len(bins)
         for index in by_length:
             target = loads.index(min(loads))
             bins[target].append(index)
-            loads[target] += lengths[index]
+            loads[target] += sizes[index]
         if all(load <= budget or len(members) == 1 for load, members in zip(loads, bins)):
             ranked = sorted(range(len(bins)), key=lambda position: -loads[position])
             return [bins[position] for position in ranked]

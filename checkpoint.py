@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 import zlib
+from enum import EnumType
 from pathlib import Path
 from typing import Any, NoReturn, Sequence
 
@@ -64,6 +65,8 @@ class SafeReader(FileSystemReader):
 
         class Unpickler(pickle.Unpickler):
             def find_class(self, module: str, name: str) -> Any:
+                if (module, name) == ("builtins", "getattr"):
+                    return _member  # Python before 3.11.4 writes the members of an enumeration so
                 if name not in ALLOWED.get(module, ()):
                     raise ValueError(
                         f"{path}: checkpoint metadata refers to {module}.{name}; refusing to load it"
@@ -77,6 +80,13 @@ class SafeReader(FileSystemReader):
                 raise ValueError(f"{path}: entry {name} is not a tensor; refusing to load it")
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _member(enumeration: Any, name: str) -> Any:
+    """The member of an enumeration; for anything else a ValueError."""
+    if not isinstance(enumeration, EnumType) or name not in enumeration.__members__:
+        raise ValueError(f"checkpoint metadata asks for {name!r} of {enumeration!r}; refusing to load it")
+    return enumeration[name]
 
 
 def save(
@@ -146,7 +156,9 @@ def resume(
     record = read_record(path)
     for key in sorted(set(record["args"]) | set(args)):
         made, now = record["args"].get(key), args.get(key)
-        if key not in free and made != now:
+        if key == "data_digest" and key in record["args"] and made != now:
+            raise ValueError(f"{path} was made from other rows than --data has now; choose another --out")
+        if key not in (*free, "data_digest") and made != now:
             flag = f"--{key.replace('_', '-')}"
             raise ValueError(f"{path} was made with {flag} {made}, this run has {flag} {now}")
     state = _state(model, optimizer) | (extra or {})
@@ -324,11 +336,15 @@ def _export_offline(path: Path, out: Path, dtype: torch.dtype) -> None:
     tokenizer = AutoTokenizer.from_pretrained(kept if kept.exists() else source)
     config = AutoConfig.from_pretrained(source)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with contextlib.suppress(OSError):  # a model need not have one
-        lm.generation_config = GenerationConfig.from_pretrained(source)
+    for place in (source, kept):  # a model need not have one; the run's own knows where training ended turns
+        with contextlib.suppress(OSError):
+            lm.generation_config = GenerationConfig.from_pretrained(place)
     embedding = lm.get_input_embeddings().weight
     name = next(name for name, parameter in lm.named_parameters() if parameter is embedding)
     config.get_text_config().vocab_size = shapes[f"lm.{name}"][0]  # it may have grown
+    head = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
+    if f"lm.{head}.weight" in shapes:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     state = {name: torch.empty(shape) for name, shape in shapes.items()}
     _read(path, {"model": state}, no_dist=True)
     if "lm.score.weight" in state:

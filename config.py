@@ -46,6 +46,15 @@ def user_errors() -> Iterator[None]:
         fail(str(error.filename or ""), error.strerror or str(error))
 
 
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """A ValueError within says where: what."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 # ---- flags
 # -----------------------------------------------------------------------------------------------------------
 
@@ -139,11 +148,15 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", type=boolean, default=False, metavar="true|false")
 
 
-# What a resumed run may change: where and how often it writes, how long and how fast it goes on.
-FREE_FLAGS = (
+# What does not change what is trained: where and how often a run writes, and how it computes.
+HOW_FLAGS = (
     "out", "resume", "save_every", "keep_last", "log_every", "device", "token_cache", "trust_remote_code",
-    "tokens_per_microbatch", "activation_checkpointing", "eval_data", "eval_every", "eval_examples",
-    "epochs", "steps", "lr", "warmup_steps", "max_grad_norm", "max_value_grad_norm",
+    "strict_data", "tokens_per_microbatch", "activation_checkpointing", "eval_data", "eval_every",
+    "eval_examples",
+)  # fmt: skip
+# What a resumed run may change: that, and how long and how fast it goes on.
+FREE_FLAGS = (
+    *HOW_FLAGS, "epochs", "steps", "lr", "warmup_steps", "max_grad_norm", "max_value_grad_norm",
 )  # fmt: skip
 
 
@@ -225,6 +238,7 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
         fail(str(path), "must be one object of flags")
     tokens = []
     options = _options(made)
+    lists = {name for action in made._actions if action.nargs == "+" for name in action.option_strings}
     for key, value in values.items():
         flag = f"--{key.replace('_', '-')}"
         line = next(
@@ -238,12 +252,14 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
         if flag not in options or flag == "--help":
             near = difflib.get_close_matches(flag, options, 1)
             fail(f"{path}:{line}", f'unknown key "{key}"', f"did you mean {near[0][2:]}?" if near else "")
-        if not isinstance(value, (bool, int, float, str)):
-            fail(
-                f"{path}:{line}",
-                f'"{key}" must be a string, a number or a boolean, got {json.dumps(value, default=str)}',
-            )
-        tokens.append(f"{flag}={str(value).lower() if isinstance(value, bool) else value}")
+        several = flag in lists and isinstance(value, list) and len(value) > 0
+        if not all(isinstance(part, (bool, int, float, str)) for part in (value if several else [value])):
+            kind = "a string or a list of strings" if flag in lists else "a string, a number or a boolean"
+            fail(f"{path}:{line}", f'"{key}" must be {kind}, got {json.dumps(value, default=str)[:80]}')
+        if flag in lists:
+            tokens += [flag, *map(str, value if several else [value])]
+        else:
+            tokens.append(f"{flag}={str(value).lower() if isinstance(value, bool) else value}")
     return tokens
 
 
@@ -252,16 +268,53 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Fail before any work if the run directory holds a run and --resume is not given; end with exit code 0
-    if that run is finished."""
+    """Fail before any work if the run directory holds a run and --resume is not given, or a finished run of
+    other flags; end with exit code 0 if this very run is finished. One that shall go on for more steps needs
+    a checkpoint."""
     out = Path(args.out)
     held = [path.name for pattern in ("step-*", "final") for path in out.glob(pattern)]
     if held and args.resume is None:
         fail(f"{out} already holds {held[-1]}", right="pass --resume auto or another --out")
-    if "final" in held:
+    if "final" not in held:
+        return
+    changed = _changed_flags(args, out / "args.json")
+    if not changed:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{out}/final is there: nothing to do")
         sys.exit(0)
+    key, (made, now) = next(iter(changed.items()))
+    flag = f"--{key.replace('_', '-')}"
+    if set(changed) - {"steps", "epochs"}:
+        key, (made, now) = next((item for item in changed.items() if item[0] not in ("steps", "epochs")))
+        flag = f"--{key.replace('_', '-')}"
+        fail(
+            str(out),
+            f"is finished and was made with {flag} {made}, this run has {now}",
+            "choose another --out",
+        )
+    saved = [int(name[5:]) for name in held if re.fullmatch(r"step-\d+", name)]
+    if not saved:
+        fail(
+            f"{out} is finished",
+            f"{flag} {now} needs a checkpoint to go on from",
+            "it was run without --save-every",
+        )
+    if args.steps is not None and max(saved) >= args.steps:
+        fail(f"--steps {args.steps}", f"{out} has gone to step {max(saved)}")
+
+
+def _changed_flags(args: argparse.Namespace, path: Path) -> dict[str, tuple[Any, Any]]:
+    """Flags of training that are not those a run was made with: (then, now)."""
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(str(path), f"cannot be read: {error}", "choose another --out")
+    now = json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in HOW_FLAGS}))
+    return {
+        key: (made.get(key), value)
+        for key, value in now.items()
+        if made.get(key) != value and not (key not in made and value in (None, False))
+    }
 
 
 def open_run(args: argparse.Namespace, rank: int) -> Any:

@@ -1,651 +1,483 @@
-"""From a row in a file to token ids: Example -> Encoded.
+"""Sources: files, folders, names on the hub, and one function a named dataset; each a stream of Examples.
 
-    read / load    files and named datasets -> Example (text)
-    encode         Example -> Encoded (token ids; the prompt once, each completion with its trained mask)
+    stream     the rows of one source: an Example, the Fault of a row, or the reason why a row is not wanted
+    state      changes when they may have changed
 
-JSONL rows (also a .json list of them); a prompt is a string (one user turn) or a list of {"role", "content"}
-turns, a completion a string or a list with one assistant turn:
+A source is one of
 
-    {"prompt", "chosen", "rejected"}            a pair; optional "weight", "margin"
-    {"prompt", "completions", "scores"}         a ranked list, higher is better
-    {"prompt", "completion", "label"}           one completion, desirable or not: true or false
-    {"prompt", "completion"}                    one completion, for sft.py
-    {"messages"}                                a conversation, every assistant turn trained
-    {"text"}                                    plain text
+    NAME, NAME=PLACE        a dataset function of this file, reading its published place or another
+    rows.jsonl              JSON: lines, a list, objects one after another, {"data": [...]}, {"train": [...]}
+    rows.csv, rows.parquet  tables; all but Parquet also with .gz or .zst
+    FOLDER, FOLDER:split    shards, split folders, a copy of a hub dataset, what `save_to_disk` wrote
+    org/name, org/name:config, org/name:split, org/name:config:split        the hub
 
-Adding a dataset = adding one public function here, annotated `-> Iterator[Example | str]`: it yields an
-Example, or, for a row that cannot be used, the reason as a string, which is counted and printed. `--data
-NAME` finds it.
+and with ":0.5" after it half of its rows are used, with ":2" each twice. formats.py reads the rows.
 
-A mistake in a file is a ValueError that reads "file:line: what is wrong; what would be right".
+Adding a dataset = adding one public function here, annotated `-> Rows`: it takes a split and a place, and
+yields an Example, or, for a row that is not wanted, the reason as a string, which is counted and printed.
+`published` gives it its rows, formats.py reads most of them. `--data NAME` finds it.
 
-Left out: tools and images in turns, special tokens spelled out inside user text (they are tokenised as
-special, as transformers' chat templates do).
+A fault of a file (no JSON, not UTF-8, cut off) is a ValueError that reads "file:line: what is wrong". Rows
+are read one at a time: memory does not grow with their number.
+
+Left out: reading from object stores.
 """
 
-import gzip
 import inspect
-import json
 import os
+import re
 import sys
-from collections import Counter
-from itertools import combinations
+from collections import Counter, defaultdict
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
-import torch
+import files
+import formats
+from formats import Example, Fault
 
-MAX_LINE_BYTES = 2**24
-ROLES = ("system", "user", "assistant", "tool")
-# For tokenizers without a chat template: the form of Anthropic's HH dialogues, which DPO's authors trained
-# on.
-PLAIN = (
-    "{% for m in messages %}"
-    "{{ '\n\n' + {'user': 'Human', 'assistant': 'Assistant'}.get(m.role, m.role | capitalize) }}"
-    "{{ ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
-# Prompt and completion are one running text, as for continuing a film review.
-RAW = "{% for m in messages %}{{ m.content }}{% endfor %}"
-TEMPLATES = {"plain": PLAIN, "raw": RAW}
-# Of conditional SFT: before desirable and undesirable completions; sampling asks for a desirable one.
-CONTROL_TOKENS = ("<|good|>", "<|bad|>")
-ASK_FOR_GOOD = "{% if add_generation_prompt %}" + CONTROL_TOKENS[0] + "{% endif %}"
+Rows = Iterator[Example | str]  # what a dataset function yields
 
 
-class Example(NamedTuple):
-    prompt: list[dict[str, str]]  # turns; [] for plain text
-    completions: list[str | list[dict[str, str]]]  # answers; a list of turns is the rest of a conversation
-    scores: list[float]  # one per completion, higher is better
-    weight: float = 1.0  # of this example in the loss
-    margin: float = 0.0  # how much better the best is, for losses that use it
-    where: str = ""  # file:line, for error messages
-    labelled: bool = True  # False: the scores say nothing
+def stream(source: str, split: str, unread: set[str] | None = None) -> Iterator[Example | Fault | str]:
+    """The rows of a source, without its weight, one at a time; the keys of examples that nothing read are
+    added to `unread`.
 
-
-class Encoded(NamedTuple):
-    prompt: list[int]  # token ids
-    completions: list[list[int]]  # token ids
-    trained: list[list[bool]]  # per completion token: is it predicted by the loss
-    scores: list[float]
-    weight: float = 1.0
-    margin: float = 0.0
-    labels: list[bool] = []  # per completion: is it desirable; empty: by the scores
-
-    @property
-    def prompt_key(self) -> int:
-        """Equal for equal prompts, and in 2**-64 of all cases for others."""
-        return hash(tuple(self.prompt))
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + sum(map(len, self.completions))
-
-    @property
-    def trained_tokens(self) -> int:
-        return sum(map(sum, self.trained))
-
-
-# ---- readers
-# ---------------------------------------------------------------------------------------------------------
-
-
-def load(source: str, split: str) -> tuple[list[Example], Counter]:
-    """The whole `stream` at once: examples, and a count of the rows left out by reason."""
-    examples = []
-    dropped = Counter()
-    for row in stream(source, split):
-        if isinstance(row, str):
-            dropped[row] += 1
-        else:
-            examples.append(row)
-    return examples, dropped
-
-
-def stream(source: str, split: str) -> Iterator[Example | str]:
-    """Rows of `NAME`, `NAME=SOURCE` (a dataset function and where its files are) or a .jsonl or .json file,
-    one at a time: an Example, or the reason why there is none.
-
-    Raises ValueError (see the module) for anything that cannot be read, and if there are no examples.
+    Raises ValueError (see the module) for anything that cannot be read, and if there are no rows.
     """
     name, _, place = source.partition("=")
-    if name in datasets():
-        rows = getattr(sys.modules[__name__], name)(split, *([place] if place else []))
-    elif source.removesuffix(".gz").endswith((".jsonl", ".json")):
-        rows = read(source)
-    else:
-        known = ", ".join(datasets())
-        raise ValueError(
-            f"{source}: neither a dataset ({known}; NAME=DIR reads local files) nor a .jsonl or .json file"
-        )
     empty = True
-    for row in rows:
-        empty = empty and isinstance(row, str)
-        yield row
+    if name in datasets():
+        for row in getattr(sys.modules[__name__], name)(split, *([place] if place else [])):
+            empty = False
+            yield row
+    else:
+        for where, row in rows(source, split):
+            empty = False
+            example = formats.parse(row, where)
+            if unread is not None and isinstance(example, Example):
+                unread |= formats.unread_keys(row)
+            yield example
     if empty:
         raise ValueError(f"{source}: no examples")
 
 
-def state(source: str, split: str) -> str:
-    """Changes when the rows of a source may have changed: the sizes and times of its files, or the version of
-    a dataset of the hub. What a dataset function reads from elsewhere is not known here."""
-    name, _, place = source.partition("=")
-    if name in datasets():
-        default = inspect.signature(getattr(sys.modules[__name__], name)).parameters.get("source")
-        place = place or (default.default if default else "")
-    path = Path(place or source)
-    if path.exists():
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return f"{name} {found}"
-    if name not in datasets() or place.count("/") != 1:
-        return source
-    return f"{name} {_hub(place, lambda hub: hub.load_dataset_builder(place).cache_dir, split)}"
+def load(source: str, split: str) -> tuple[list[Example], Counter]:
+    """The whole `stream` at once: examples, and a count of the other rows by reason."""
+    found = list(stream(source, split))
+    reasons = [row.reason if isinstance(row, Fault) else row for row in found if not isinstance(row, Example)]
+    return [row for row in found if isinstance(row, Example)], Counter(reasons)
+
+
+def weighted(source: str) -> tuple[str, float]:
+    """("hh", 0.5) of "hh:0.5"; 1 where no weight is given. Raises ValueError unless it is > 0 and <= 100."""
+    found = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", source)
+    if not found or Path(source).exists():
+        return source, 1.0
+    if not 0 < float(found[2]) <= 100:
+        raise ValueError(f"--data {source}: a weight must be > 0 and <= 100")
+    return found[1], float(found[2])
+
+
+def held_out(sources: Sequence[str], named: Sequence[str] | None) -> list[str]:
+    """Where held-out examples come from: what the user named, or the whole test splits of named datasets."""
+    return list(named or [s for s, _ in map(weighted, sources) if s.partition("=")[0] in datasets()])
 
 
 def datasets() -> list[str]:
     """Names of the dataset functions of this file, by their annotation."""
     functions = inspect.getmembers(sys.modules[__name__], inspect.isfunction)
-    return [name for name, f in functions if f.__annotations__.get("return") == Iterator[Example | str]]
+    found = [name for name, function in functions if function.__annotations__.get("return") == Rows]
+    return [name for name in found if not name.startswith("_")]
 
 
-def hh(split: str, source: str = "Anthropic/hh-rlhf") -> Iterator[Example | str]:
-    """Anthropic's helpful and harmless dialogues (arXiv:2204.05862), from the hub, a directory or a
-    .jsonl(.gz) file.
+def state(source: str, split: str) -> str:
+    """Changes when the rows of a source may have changed: the sizes and times of its files, or the commit of
+    a dataset of the hub. What a dataset function reads from elsewhere is not known here."""
+    name, _, place = source.partition("=")
+    if name in datasets():
+        default = inspect.signature(getattr(sys.modules[__name__], name)).parameters.get("source")
+        place = place or (default.default if default else "")
+    path, *suffixes = _parts(place or source)
+    if Path(path).exists():
+        inside = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+        stats = [(str(file.resolve()), file.stat()) for file in inside if file.is_file()]
+        version = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    elif _on_hub(path):
+        version = Path(_hub_file(path, ".gitattributes", "README.md")).parent.name
+    else:
+        return source
+    return f"{name} {split} {suffixes} {version}"
+
+
+# ---- named datasets
+# ---------------------------------------------------------------------------------------------------------
+
+HELPFUL = ("helpful-base", "helpful-online", "helpful-rejection-sampled")
+HARMLESS = ("harmless-base",)
+MIN_SCORE_RATIO = 2.0  # of shp
+MAX_PAIRS = 5  # of one prompt of shp
+DISORDER = "roles do not alternate"
+
+
+def hh(split: str, source: str = "Anthropic/hh-rlhf") -> Rows:
+    """Anthropic's helpful and harmless dialogues (arXiv:2204.05862), from the hub, a directory or a file.
 
     A row is two whole dialogues "\\n\\nHuman: ...\\n\\nAssistant: ...". The prompt is what stands before the
     last "\\n\\nAssistant:". Left out, with the reason: prompts that differ, roles that do not alternate,
-    empty answers. Differs from the published code, which assigns roles by parity and ignores the rejected
-    dialogue's prompt.
+    empty answers. The repository's red-team-attempts are no pairs and not read. Differs from the published
+    code, which assigns roles by parity and ignores the rejected dialogue's prompt.
     """
-    for row in _published_rows(source, split, ("chosen", "rejected")):
-        chosen, rejected = (row[key].rpartition("\n\nAssistant:") for key in ("chosen", "rejected"))
-        turns = _dialogue(chosen[0])
-        answers = [chosen[2].strip(), rejected[2].strip()]
-        if chosen[0] != rejected[0]:
-            yield "the two dialogues differ before the last answer"
-        elif any("\n\nHuman:" in answer for answer in (chosen[2], rejected[2])):
-            yield "an answer holds another Human turn"
-        elif turns is None:
-            yield "roles do not alternate"
-        elif not all(answers):
-            yield "an answer is empty"
+    yield from _hh(split, source, (*HELPFUL, *HARMLESS))
+
+
+def hh_helpful(split: str, source: str = "Anthropic/hh-rlhf") -> Rows:
+    """The helpful dialogues of `hh`: base, online and rejection-sampled. Differs from HALOs, which reads
+    helpful-base alone: that is hh_helpful=DIR/helpful-base here."""
+    yield from _hh(split, source, HELPFUL)
+
+
+def hh_harmless(split: str, source: str = "Anthropic/hh-rlhf") -> Rows:
+    """The harmless dialogues of `hh`."""
+    yield from _hh(split, source, HARMLESS)
+
+
+def _hh(split: str, source: str, folders: Sequence[str]) -> Rows:
+    """The pairs of some of the repository's folders; of a file, or a directory without any of them, all."""
+    place, *suffixes = _parts(source)
+    there = [folder for folder in (*HELPFUL, *HARMLESS) if (Path(place) / folder).is_dir()]
+    places = [source]
+    if there:
+        places = [":".join([str(Path(place) / folder), *suffixes]) for folder in there if folder in folders]
+    elif _on_hub(place) and set(folders) != {*HELPFUL, *HARMLESS}:
+        name = suffixes[-1] if suffixes else split
+        places = [_hub_file(place, f"{folder}/{name}.jsonl.gz") for folder in folders]
+    if not places:
+        raise ValueError(f"{place}: no {', '.join(folders)} in it")
+    for each in places:
+        for where, row in published(each, split, {"chosen": str, "rejected": str}):
+            yield _example(where, formats.hh_pair, row["chosen"], row["rejected"])
+
+
+def shp(split: str, source: str = "stanfordnlp/SHP") -> Rows:
+    """Stanford Human Preferences (arXiv:2110.08420): two comments on a Reddit post, the better one by
+    "labels" (1: A).
+
+    Of pairs whose scores differ by a factor of 2 or more, the first five of each post. Differs from HALOs,
+    which draws five at random, and leaves the test split as it is.
+    """
+    form = {"history": str, "human_ref_A": object, "human_ref_B": object, "labels": object}
+    pairs = Counter()  # hash of a prompt -> how many pairs it has; the texts are not held
+    for where, row in published(source, split, form | {"score_ratio": int | float}):
+        prompt = hash(row["history"])
+        if row["score_ratio"] < MIN_SCORE_RATIO:
+            yield f"a score ratio below {MIN_SCORE_RATIO:g}"
+        elif pairs[prompt] == MAX_PAIRS:
+            yield f"more than {MAX_PAIRS} pairs of one prompt"
         else:
-            yield Example(turns, answers, [1.0, 0.0])
+            found = _example(where, formats.shp, *[row[key] for key in form])
+            pairs[prompt] += isinstance(found, Example)
+            yield found
 
 
-def imdb(split: str, source: str = "stanfordnlp/imdb") -> Iterator[Example | str]:
+def oasst(split: str, source: str = "OpenAssistant/oasst1") -> Rows:
+    """OpenAssistant's conversation trees (arXiv:2304.07327), from its flat list of messages.
+
+    Each message of a prompter is one row: the conversation up to it is the prompt, its ranked answers are the
+    completions, best first. Messages that are deleted or not in English are left out, and what follows them.
+    Differs from HALOs, which makes pairs of neighbours in rank, those of two prompters too.
+    """
+    form = dict.fromkeys(("message_id", "message_tree_id", "role", "text", "lang"), str)
+    for _, group in groupby(published(source, split, form), key=lambda item: item[1]["message_tree_id"]):
+        tree = {message["message_id"]: (where, message) for where, message in group}
+        answers = defaultdict(list)
+        for _, message in tree.values():
+            kept = message["lang"] == "en" and not message.get("deleted")
+            if kept and message.get("rank") is not None:
+                answers[message.get("parent_id")].append({"answer": message["text"], "rank": message["rank"]})
+        for where, message in tree.values():
+            if message["role"] == "prompter":
+                ranked = sorted(answers[message["message_id"]], key=lambda answer: answer["rank"])
+                found = _oasst_thread(message, tree)
+                if not isinstance(found, str):
+                    few = "fewer than two ranked answers"
+                    found = _example(where, formats.nectar, found, ranked) if len(ranked) > 1 else few
+                yield found
+
+
+def _oasst_thread(message: dict[str, Any], tree: dict[str, tuple]) -> list[dict[str, str]] | str:
+    """The turns of a tree down to a message, or the reason why they are no prompt."""
+    thread = [message]
+    while (parent := thread[0].get("parent_id")) is not None:
+        if parent not in tree or len(thread) == len(tree):
+            return "a message before it is missing"
+        thread.insert(0, tree[parent][1])
+    if any(message.get("deleted") for message in thread):
+        return "deleted, or after a deleted message"
+    if any(message["lang"] != "en" for message in thread):
+        return "not in English, or after such a message"
+    return [{"role": message["role"], "content": message["text"]} for message in thread]
+
+
+def ultrabin(split: str, source: str = "HuggingFaceH4/ultrafeedback_binarized") -> Rows:
+    """UltraFeedback as pairs (arXiv:2310.01377, 2310.16944): the best by GPT-4's score against one of the
+    others. Splits are train_prefs and test_prefs. Pairs with equal scores are kept."""
+    form = {"prompt": object, "chosen": list, "rejected": list}
+    for where, row in published(source, f"{split}_prefs", form):
+        yield _example(where, formats.pair, row["prompt"], row["chosen"], row["rejected"])
+
+
+def ultrafeedback_hybrid(split: str, source: str = "wzhouad/gemma-2-ultrafeedback-hybrid") -> Rows:
+    """UltraFeedback's prompts with answers of gemma-2-9b-it and of GPT-4-turbo, the best against the worst by
+    a reward model (WPO, arXiv:2406.11827)."""
+    for where, row in published(source, split, {"prompt": object, "chosen": list, "rejected": list}):
+        yield _example(where, formats.pair, row["prompt"], row["chosen"], row["rejected"])
+
+
+def nectar(split: str, source: str = "berkeley-nest/Nectar") -> Rows:
+    """Nectar: seven answers a prompt, ranked by GPT-4. It has no split but train."""
+    for where, row in published(source, split, {"prompt": str, "answers": object}):
+        found = _example(where, formats.nectar, row["prompt"], row["answers"])
+        first = found.prompt[0]["content"] if isinstance(found, Example) and found.prompt else ""
+        yield DISORDER if first.lstrip().startswith("Human:") else found  # left as it was: no dialogue
+
+
+def helpsteer(split: str, source: str = "nvidia/HelpSteer2") -> Rows:
+    """HelpSteer2 (arXiv:2406.08673): the answers to a prompt, whose rows follow each other, best first by
+    "helpfulness" (0 to 4), which may be equal. The other four attributes, and the later annotations in the
+    repository's folder preference, are not read."""
+    found = published(source, split, {"prompt": str, "response": object, "helpfulness": int | float})
+    for prompt, group in groupby(found, key=lambda item: item[1]["prompt"]):
+        places, answers = zip(*group)
+        answers = sorted(answers, key=lambda row: -row["helpfulness"])
+        lists = [[row[key] for row in answers] for key in ("response", "helpfulness")]
+        turns = _helpsteer_turns(prompt)
+        yield DISORDER if turns is None else _example(places[0], formats.ranked_list, turns, *lists)
+
+
+def _helpsteer_turns(prompt: str) -> list[dict[str, str]] | None:
+    """Turns of "question\\n<extra_id_1>Assistant\\nanswer\\n<extra_id_1>User\\nquestion", or None unless they
+    alternate from user to user."""
+    first, *rest = re.split(r"\n?<extra_id_1>(User|Assistant)\n", prompt)
+    turns = [("user", first), *zip(map(str.lower, rest[::2]), rest[1::2])]
+    alternate = all(role == ("user", "assistant")[i % 2] for i, (role, _) in enumerate(turns))
+    complete = alternate and len(turns) % 2 == 1 and not any("<extra_id_1>" in text for _, text in turns)
+    return [{"role": role, "content": text} for role, text in turns] if complete else None
+
+
+def safe_rlhf(split: str, source: str = "PKU-Alignment/PKU-SafeRLHF") -> Rows:
+    """PKU-SafeRLHF (arXiv:2406.15513). The label read is "better_response_id": which answer is more helpful,
+    however harmful; "safer_response_id" and "is_response_*_safe" are not read. One label for both is in
+    safe_rlhf=PKU-Alignment/PKU-SafeRLHF-single-dimension, which is what HALOs reads."""
+    form = {"prompt": object, "response_0": object, "response_1": object, "better_response_id": int | None}
+    for where, row in published(source, split, form):
+        answers = (row["response_0"], row["response_1"])
+        order = {0: answers, 1: answers[::-1]}.get(row["better_response_id"])
+        yield _example(where, formats.pair, row["prompt"], *order) if order else "neither answer is better"
+
+
+def ultrachat(split: str, source: str = "HuggingFaceH4/ultrachat_200k") -> Rows:
+    """UltraChat's dialogues as filtered for Zephyr (arXiv:2310.16944), every answer trained. Splits are
+    train_sft and test_sft."""
+    for where, row in published(source, f"{split}_sft", {"messages": object}):
+        yield _example(where, formats.messages, row["messages"])
+
+
+def alpacaeval(split: str, source: str = "tatsu-lab/alpaca_eval") -> Rows:
+    """AlpacaEval's 805 prompts, the same whatever the split, to sample answers to; the answers of other
+    models that come with them are not read."""
+    file = "alpaca_eval.json"
+    if (Path(source) / file).is_file():
+        source = str(Path(source) / file)
+    elif _on_hub(source):  # where a script stands beside it, which `datasets` does not run
+        source = _hub_file(source, file)
+    for where, row in published(source, "test", {"instruction": object}):
+        yield _example(where, formats.instruction, row["instruction"])
+
+
+def imdb(split: str, source: str = "stanfordnlp/imdb") -> Rows:
     """Film reviews (Maas et al. 2011) as plain text, for supervised fine-tuning before alignment on
     sentiment."""
-    for row in _published_rows(source, split, ("text",)):
-        text = row["text"].replace("<br />", "\n").strip()
-        yield Example([], [text], [1.0]) if text else "a review is empty"
+    for where, row in published(source, split, {"text": str}):
+        yield _example(where, formats.text, row["text"].replace("<br />", "\n").strip())
 
 
-def _published_rows(source: str, split: str, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a dataset in its published form: a .jsonl(.gz) file, a local directory or a name on the hub."""
-    path = Path(source)
-    if path.is_file():
-        rows = _rows(path)
-    elif os.sep in source and source.count("/") != 1 and not path.exists():
-        raise ValueError(f"{source}: no such file or directory")
+def published(source: str, split: str, form: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of a dataset in its published form: key -> type. Raises ValueError for any other row."""
+    for where, row in rows(source, split, only_named=True):
+        row = row if isinstance(row, dict) else {}
+        wrong = [key for key, kind in form.items() if key not in row or not isinstance(row[key], kind)]
+        if wrong:
+            raise ValueError(
+                f"{where}: not a row of the published dataset, which has {', '.join(form)}; it lacks, or has "
+                f"as another type, {', '.join(wrong)}"
+            )
+        yield where, row
+
+
+def _example(where: str, layout: Callable, *values: Any) -> Example | str:
+    """What a layout of formats.py makes of the values of a row, or the reason why they are unusable."""
+    try:
+        found = layout(*values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return found if isinstance(found, str) else formats.unusable(found) or found._replace(where=where)
+
+
+# ---- where rows come from
+# ---------------------------------------------------------------------------------------------------------
+
+
+def rows(source: str, split: str, only_named: bool = False) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a file, a folder or a name on the hub; with `only_named` not of a folder's files whose
+    names say no split, if there are others. Raises ValueError."""
+    path, *suffixes = _parts(source)
+    if len(suffixes) > 2:
+        raise ValueError(f"{source}: at most a configuration and a split may follow a name")
+    if Path(path).is_file():
+        yield from files.rows(Path(path), split, _named_split(path, suffixes))
+    elif path and Path(path).is_dir():
+        yield from _folder_rows(Path(path), suffixes, split, only_named)
+    elif _is_path(path):
+        raise ValueError(f"{path}: no such file or directory")
+    elif _on_hub(path):
+        yield from _hub_rows(path, suffixes, split)
     else:
-        rows = enumerate(_hub(source, lambda hub: hub.load_dataset(source, split=split), split))
-    for where, row in rows:
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
-            where = where if isinstance(where, str) else f"{source}[{where}]"
-            raise ValueError(f"{where}: not a row of the published dataset, which has {', '.join(keys)}")
-        yield row
+        raise ValueError(
+            f"{source}: neither a dataset ({', '.join(datasets())}; NAME=DIR reads local files) nor a file, "
+            "a folder or org/name of the hub"
+        )
 
 
-def _hub(source: str, ask: Callable[[Any], Any], split: str) -> Any:
+def _parts(source: str) -> list[str]:
+    """A path or name, and what follows it after colons."""
+    return [source] if Path(source).exists() else source.split(":")
+
+
+def _is_path(name: str) -> bool:
+    return files.suffix(Path(name)) in files.SUFFIXES or name.startswith((".", os.sep, "~"))
+
+
+def _on_hub(name: str) -> bool:
+    local = _is_path(name) or Path(name).exists()
+    return not local and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _folder_rows(
+    folder: Path, suffixes: list[str], split: str, only_named: bool
+) -> Iterator[tuple[str, Any]]:
+    """Rows of a folder: what `save_to_disk` wrote, a hub-style folder whose README names its files, or all
+    data files of the split, in the order of their names."""
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        named = _named_split(folder, suffixes)
+        found = _hub(str(folder), lambda hub: hub.load_from_disk(str(folder)))
+        if isinstance(found, dict):
+            found = found[_split_among(folder, list(found), named, split)]
+        elif named:
+            raise ValueError(f"{folder}: no split {named!r}: it is one dataset without splits")
+        yield from ((f"{folder}[{index}]", row) for index, row in enumerate(found))
+        return
+    readme = folder / "README.md"
+    if readme.exists() and re.search(
+        r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.M
+    ):
+        yield from _hub_rows(str(folder), suffixes, split)
+        return
+    by_split = {}
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        about = path.name in ("dataset_info.json", "dataset_infos.json")
+        if files.suffix(path) in files.SUFFIXES and not hidden and not about:
+            by_split.setdefault(_split_of(path, folder), []).append(path)
+    if not by_split:
+        raise ValueError(f"{folder}: no {', '.join(files.SUFFIXES)} file in it")
+    unnamed = by_split.pop("", [])
+    if unnamed and not (only_named and by_split):
+        by_split["train"] = sorted(by_split.get("train", []) + unnamed)
+    chosen = _split_among(folder, list(by_split), _named_split(folder, suffixes), split)
+    for path in by_split[chosen]:
+        yield from files.rows(path, split)
+
+
+def _split_of(path: Path, folder: Path) -> str:
+    """The split that a file's own name or its folder's says, e.g. data/train_prefs-00000-of-00001.parquet
+    (or ...-of-00001-0123456789abcdef.parquet); empty where they say none."""
+    known = {word for words in files.SPLITS.values() for word in words}
+    for name in (path.name, *reversed(path.relative_to(folder).parts[:-1])):
+        stem = re.sub(r"([-_.]?\d+([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?)?(\.\w+)*$", "", name)
+        if re.split(r"[-_.]", stem)[0] in known:
+            return stem
+    return ""
+
+
+def _named_split(place: Any, suffixes: list[str]) -> str | None:
+    """What follows a file or folder after a colon. Raises ValueError for more than a split."""
+    if len(suffixes) > 1:
+        raise ValueError(f"{place}: only a split may follow it, not {':'.join(suffixes)}")
+    return suffixes[0] if suffixes else None
+
+
+def _split_among(place: Any, found: Sequence[str], named: str | None, split: str) -> str:
+    """The split of those found that was named, or is a synonym of the one that is needed. Raises
+    ValueError."""
+    for name in [named] if named is not None else files.split_names(split):
+        if name in found:
+            return name
+    wanted = split if named is None else named
+    raise ValueError(
+        f"{place}: no split {wanted!r}; it has {', '.join(sorted(found))}: add one after a colon"
+    )
+
+
+# ---- the hub
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _hub_file(name: str, *names_of_files: str) -> str:
+    """Where the first of these files that a dataset of the hub has was downloaded to: .../COMMIT/file."""
+
+    def download(_: Any) -> str:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
+
+        for file in names_of_files:
+            try:
+                return huggingface_hub.hf_hub_download(name, file, repo_type="dataset")
+            except EntryNotFoundError as error:
+                missing = error
+        raise missing
+
+    return _hub(name, download)
+
+
+def _hub_rows(name: str, suffixes: list[str], split: str) -> Iterator[tuple[str, Any]]:
+    def load(hub: Any) -> Any:
+        config, chosen = _config_and_split(hub, name, suffixes, split)
+        return hub.load_dataset(name, config, split=chosen)
+
+    for index, row in enumerate(_hub(name, load)):
+        yield f"{name}[{index}]", row
+
+
+def _config_and_split(hub: Any, name: str, suffixes: list[str], split: str) -> tuple[str | None, str]:
+    """What follows a name: a configuration and a split, or one of the two."""
+    configs = hub.get_dataset_config_names(name)
+    config = suffixes[0] if suffixes and (len(suffixes) == 2 or suffixes[0] in configs) else None
+    if config and config not in configs:
+        raise ValueError(f"no configuration {config!r}; it has {', '.join(configs)}")
+    if config is None and len(configs) > 1 and "default" not in configs:
+        raise ValueError(f"several configurations; add one of {', '.join(configs)} after a colon")
+    named = suffixes[1:] if config else suffixes
+    splits = hub.get_dataset_split_names(name, config)
+    return config, _split_among(name, splits, _named_split(name, named), split)
+
+
+def _hub(source: str, ask: Callable[[Any], Any]) -> Any:
     import datasets as hub
 
+    hub.disable_progress_bars()
     try:
         return ask(hub)
     except Exception as error:  # the library raises a dozen unrelated types for one user's mistake
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"{source}: cannot load split {split!r}: {cause}") from error
-
-
-def _dialogue(text: str) -> list[dict[str, str]] | None:
-    """Turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", or None unless they alternate from Human to Human."""
-    turns = []
-    for part in text.split("\n\nHuman:")[1:]:
-        user, *answers = part.split("\n\nAssistant:")
-        turns.append({"role": "user", "content": user.strip()})
-        turns.extend({"role": "assistant", "content": answer.strip()} for answer in answers)
-    alternate = all(turn["role"] == ("user", "assistant")[i % 2] for i, turn in enumerate(turns))
-    complete = alternate and len(turns) % 2 == 1 and not text.split("\n\nHuman:")[0].strip()
-    return turns if complete and all(turn["content"] for turn in turns) else None
-
-
-def read(path: str | Path) -> Iterator[Example]:
-    """Examples of a .jsonl file (or a .json list, or either with .gz) in the forms of the module's
-    docstring."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    for where, row in _rows(path):
-        yield _example(row, where)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of every non-blank line, or ("file[i]", value) of every item of a .json list."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-    try:
-        yield from _parsed(path, opened)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _parsed(path: Path, opened: BinaryIO) -> Iterator[tuple[str, Any]]:
-    with opened as file:
-        if path.name.removesuffix(".gz").endswith(".json"):
-            rows = _parse(file.read(), str(path))
-            if not isinstance(rows, list):
-                raise ValueError(f"{path}: not a JSON list of rows; use .jsonl for one row a line")
-            yield from ((f"{path}[{index}]", row) for index, row in enumerate(rows))
-            return
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES):
-            number += 1
-            where = f"{path}:{number}"
-            if len(line) == MAX_LINE_BYTES:
-                raise ValueError(f"{where}: a line longer than {MAX_LINE_BYTES} bytes")
-            if line.strip():
-                yield where, _parse(line, where)
-
-
-def _parse(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
-
-
-def _example(row: Any, where: str) -> Example:
-    if not isinstance(row, dict):
-        raise ValueError(
-            f'{where}: not an object; a row is {{"prompt": ..., "chosen": ..., "rejected": ...}}'
-        )
-    if "text" in row:
-        return Example([], [_string(row["text"], "text", where)], [1.0], where=where, labelled=False)
-    if "messages" in row:
-        turns = _turns(row["messages"], "messages", where)
-        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if not answers:
-            raise ValueError(f'{where}: "messages" has no assistant turn to train on')
-        return Example(turns[: answers[0]], [turns[answers[0] :]], [1.0], where=where, labelled=False)
-    prompt = _turns(_value(row, "prompt", where), "prompt", where)
-    options = {key: _number(row[key], key, where) for key in ("weight", "margin") if key in row}
-    if options.get("weight", 1.0) < 0:
-        raise ValueError(f'{where}: "weight" must be >= 0, got {row["weight"]}')
-    if "completion" in row:
-        label = row.get("label", True)
-        if not isinstance(label, bool):
-            raise ValueError(f'{where}: "label" must be true or false, got {json.dumps(label)[:40]}')
-        answer = _answer(row["completion"], "completion", where)
-        return Example(prompt, [answer], [float(label)], where=where, labelled="label" in row, **options)
-    if "completions" in row:
-        answers = row["completions"]
-        scores = _value(row, "scores", where)
-        if (
-            not isinstance(answers, list)
-            or not isinstance(scores, list)
-            or len(answers) != len(scores)
-            or not answers
-        ):
-            raise ValueError(f'{where}: "completions" and "scores" must be lists of one length, at least 1')
-        answers = [_answer(answer, f"completions[{i}]", where) for i, answer in enumerate(answers)]
-        scores = [_number(score, f"scores[{i}]", where) for i, score in enumerate(scores)]
-        return Example(prompt, answers, scores, where=where, **options)
-    answers = [_answer(_value(row, key, where), key, where) for key in ("chosen", "rejected")]
-    return Example(prompt, answers, [1.0, 0.0], where=where, **options)
-
-
-def _value(row: dict[str, Any], key: str, where: str) -> Any:
-    if key not in row:
-        raise ValueError(f'{where}: missing "{key}" (keys: {", ".join(sorted(row)) or "none"})')
-    return row[key]
-
-
-def _string(value: Any, key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f'{where}: "{key}" must be a string, got {json.dumps(value)[:40]}')
-    if not value.strip():
-        raise ValueError(f'{where}: "{key}" is empty')
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f'{where}: "{key}" has half a surrogate pair, which is no character')
-    return value
-
-
-def _answer(value: Any, key: str, where: str) -> str:
-    if isinstance(value, list):
-        turns = _turns(value, key, where)
-        if len(turns) != 1 or turns[0]["role"] != "assistant":
-            raise ValueError(f'{where}: "{key}" must be a string or one assistant turn')
-        return turns[0]["content"]
-    return _string(value, key, where)
-
-
-def _turns(value: Any, key: str, where: str) -> list[dict[str, str]]:
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}] if value else []
-    if not isinstance(value, list):
-        raise ValueError(
-            f'{where}: "{key}" must be a string or a list of turns, got {json.dumps(value)[:40]}'
-        )
-    for index, turn in enumerate(value):
-        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-            raise ValueError(f'{where}: {key}[{index}] must have "role" and "content"')
-        if turn["role"] not in ROLES:
-            raise ValueError(
-                f"{where}: {key}[{index}].role is {json.dumps(turn['role'])} ({', '.join(ROLES)})"
-            )
-        _string(turn["content"], f"{key}[{index}].content", where)
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
-
-
-def _number(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-        raise ValueError(f'{where}: "{key}" must be a finite number, got {json.dumps(value)[:40]}')
-    return float(value)
-
-
-# ---- encode
-# ----------------------------------------------------------------------------------------------------------
-
-
-def subset(examples: Sequence[Encoded], size: int) -> list[Encoded]:
-    """The same `size` examples in every run, whatever its seed."""
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-    return [examples[index] for index in sorted(order[:size])]
-
-
-def held_out_source(source: str, named: str | None) -> str | None:
-    """Where held-out examples come from: what the user named, or the test split of a named dataset, or
-    nowhere."""
-    return named or (source if source.partition("=")[0] in datasets() else None)
-
-
-def chat_template(tokenizer: Any, choice: str | None) -> tuple[str, str | None]:
-    """(name, template) from a flag: None is the tokenizer's own, or "plain" where it has none; a name of
-    TEMPLATES; or a file. A template of None means the tokenizer's own; to another one the BOS is added where
-    the tokenizer would write it. Raises ValueError for a file that
-    cannot be read."""
-    own = tokenizer.chat_template
-    if choice is None and own is not None:
-        asks = own.endswith(ASK_FOR_GOOD)
-        return "the tokenizer's own" + ", without its control token" * asks, own[
-            : -len(ASK_FOR_GOOD)
-        ] if asks else None
-    choice = choice or "plain"
-    try:
-        text = TEMPLATES[choice] if choice in TEMPLATES else Path(choice).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--chat-template {choice}: not one of {', '.join(TEMPLATES)} and not a readable file"
-        ) from error
-    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]
-    return choice, "{{ bos_token }}" * (begins and "bos_token" not in text) + text
-
-
-def encode(
-    example: Example,
-    tokenizer: Any,
-    max_length: int,
-    max_prompt_length: int,
-    template: tuple[str, str | None],
-) -> Encoded | str:
-    """Token ids of an example, at most max_length for the prompt and one completion together; or, where
-    nothing of a completion is left, the reason as a string.
-
-    The prompt is rendered and tokenised once. Too long a prompt loses its oldest turns (never the system
-    turn), then the beginning of its last turn; what the template writes before that turn (BOS, system, role)
-    stays. A completion is the text the template adds to the prompt's, tokenised on its own as sampling would
-    see it, its end-of-turn token included, and is cut on the right.
-
-    Raises ValueError if the prompt's text is not a prefix of the conversation's, or without an end-of-turn
-    token.
-    """
-    prompt_text, prompt = _encode_prompt(example, tokenizer, max_prompt_length, template)
-    if len(prompt) > max_prompt_length:
-        return "nothing of the prompt fits"
-    budget = max(0, max_length - len(prompt))
-    completions = []
-    masks = []
-    for completion in example.completions:
-        ids, trained = _encode_completion(example, completion, prompt_text, tokenizer, template)
-        if not example.prompt and prompt == ids[: len(prompt)] and isinstance(completion, list):
-            ids, trained = ids[len(prompt) :], trained[len(prompt) :]  # the template wrote the BOS itself
-        if not prompt:
-            trained[0] = False  # nothing predicts the first token of all
-        completions.append(ids[:budget])
-        masks.append(trained[:budget])
-        if not any(masks[-1]):
-            return "nothing of a completion fits"
-    labels = desirable(example.scores)
-    return Encoded(prompt, completions, masks, example.scores, example.weight, example.margin, labels)
-
-
-def encode_conditioned(
-    example: Example,
-    tokenizer: Any,
-    max_length: int,
-    max_prompt_length: int,
-    template: tuple[str, str | None],
-) -> Encoded | str:
-    """`encode`, with the control token of its label before each completion, trained like it; for conditional
-    SFT. The id follows the prompt's ids at once, whatever the template writes before an answer."""
-    if not all(isinstance(completion, str) for completion in example.completions):
-        return "a conversation has no label"
-    found = encode(example, tokenizer, max_length - 1, max_prompt_length, template)
-    if isinstance(found, str):
-        return found
-    good, bad = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
-    completions = [[good if label else bad, *ids] for label, ids in zip(found.labels, found.completions)]
-    masks = [[bool(found.prompt), *[True] * len(ids)] for ids in found.completions]
-    return found._replace(completions=completions, trained=masks)
-
-
-def encode_rendered(
-    example: Example,
-    tokenizer: Any,
-    max_length: int,
-    max_prompt_length: int,
-    template: tuple[str, str | None],
-) -> Encoded | str:
-    """Token ids of whole conversations, as a classifier of transformers would read them; for reward models.
-
-    Each is the template's rendering, tokenised at once, up to the last token that is not padding: the one
-    AutoModelForSequenceClassification scores. What all begin with is the group's prompt. Conversations that
-    are too long lose their oldest turns (never the system turn); the reason is returned where that is not
-    enough. Raises ValueError as `encode`.
-    """
-    turns = example.prompt
-    system, starts = _whole_turns(turns)
-    for start in [len(system), *starts]:
-        kept = [*system, *turns[start:]]
-        rendered = [
-            _render(tokenizer, [*kept, {"role": "assistant", "content": answer}], template, False)
-            for answer in example.completions
-        ]
-        conversations = [_ids(tokenizer, text) for text in rendered]
-        if max(map(len, conversations)) <= max_length:
-            break
-    else:
-        return "the last turn and the answer are longer than --max-length"
-    for ids in conversations:
-        while len(ids) > 2 and ids[-1] == padding_id(tokenizer):
-            ids.pop()
-    shared = os.path.commonprefix([ids[:-1] for ids in conversations])
-    answers = [ids[len(shared) :] for ids in conversations]
-    trained = [[bool(shared) or index > 0 for index in range(len(ids))] for ids in answers]
-    labels = desirable(example.scores)
-    return Encoded(shared, answers, trained, example.scores, example.weight, example.margin, labels)
-
-
-def padding_id(tokenizer: Any) -> int:
-    """The id that pads a batch of conversations: the tokenizer's, else its end of text."""
-    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if found is None:
-        raise ValueError("tokenizer has neither a padding nor an eos token, and a classifier needs one")
-    return found
-
-
-def _whole_turns(turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
-    """The system turn, if there is one, and where a dialogue that loses its oldest turns may begin again."""
-    system = turns[: bool(turns) and turns[0]["role"] == "system"]
-    return system, [index for index in range(len(system) + 1, len(turns)) if turns[index]["role"] == "user"]
-
-
-def _render(
-    tokenizer: Any, turns: list[dict[str, str]], template: tuple[str, str | None], generation: bool
-) -> str:
-    if not turns:
-        return ""
-    try:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=generation, chat_template=template[1]
-        )
-    except (
-        Exception
-    ) as error:  # jinja's own errors, and whatever a template raises for turns it does not like
-        raise ValueError(f"chat template ({template[0]}): {str(error).splitlines()[0]}") from error
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-
-def _encode_prompt(
-    example: Example, tokenizer: Any, limit: int, template: tuple[str, str | None]
-) -> tuple[str, list[int]]:
-    """The prompt's whole text, and its ids cut to at most `limit` (more only if not even the frame fits)."""
-    turns = example.prompt
-    text = _render(tokenizer, turns, template, True)
-    ids = _ids(tokenizer, text) if turns or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    if len(ids) <= limit or not turns:
-        return text, ids
-    system, starts = _whole_turns(turns)
-    for start in starts + [len(turns) - 1]:
-        shorter = _render(tokenizer, system + turns[start:], template, True)
-        ids = _ids(tokenizer, shorter)
-        if len(ids) <= limit:
-            return text, ids
-    blank = _render(tokenizer, [*system, {**turns[-1], "content": "\0"}], template, True)
-    before, _, after = blank.partition("\0")
-    frame = [_ids(tokenizer, before), _ids(tokenizer, after)]
-    room = limit - len(frame[0]) - len(frame[1])
-    content = _ids(tokenizer, shorter[len(before) : len(shorter) - len(after)])
-    return text, frame[0] + content[-room:] + frame[1] if room > 0 else ids
-
-
-def _encode_completion(
-    example: Example,
-    completion: str | list[dict[str, str]],
-    prompt_text: str,
-    tokenizer: Any,
-    template: tuple[str, str | None],
-) -> tuple[list[int], list[bool]]:
-    """Ids and trained mask of what follows the prompt: assistant turns and their ends of turn are trained."""
-    if not example.prompt and isinstance(completion, str):
-        ids = _ids(tokenizer, completion) + [_eos(tokenizer)]
-        return ids, [True] * len(ids)
-    turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    history = list(example.prompt)
-    ids = []
-    trained = []
-    done = opened = prompt_text
-    for turn in turns:
-        if turn["role"] == "assistant":
-            closed = _render(tokenizer, [*history, turn], template, False)
-            blank = _render(tokenizer, [*history, {**turn, "content": "\0"}], template, False)
-            before, _, after = blank.partition("\0")
-            if not history:
-                opened = before
-            elif len(history) > len(example.prompt):  # else it is the prompt's own text
-                opened = _render(tokenizer, history, template, True)
-            between = _ids(tokenizer, _continued(done, opened, example, template)[len(done) :])
-            ends_itself = bool(after.strip())  # else the template writes no end-of-turn token
-            answer = closed.rstrip() if ends_itself else closed[: len(closed) - len(after)]
-            answer = _continued(opened, answer, example, template)[len(opened) :]
-            learned = _ids(tokenizer, answer) + ([] if ends_itself else [_eos(tokenizer)])
-            ids += between + learned
-            trained += [False] * len(between) + [True] * len(learned)
-            done = opened + answer
-        history.append(turn)
-    return ids, trained
-
-
-def _continued(before: str, after: str, example: Example, template: tuple[str, str | None]) -> str:
-    if not after.startswith(before):
-        raise ValueError(
-            f"{example.where or 'example'}: chat template ({template[0]}): the text of the prompt is not a "
-            "prefix of the text of the conversation; pass a --chat-template that renders turns in order"
-        )
-    return after
-
-
-def _eos(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer has no eos token, and the chat template writes no end of turn")
-    return tokenizer.eos_token_id
-
-
-# ---- which completions train
-# ------------------------------------------------------------------------------------------------
-
-
-def pair_indices(scores: Sequence[float], pairs: str) -> list[tuple[int, int]]:
-    """(better, worse) of a ranked list: "best-worst" one pair, "adjacent" neighbours in rank, "all" any two.
-
-    Equal scores make no pair. Raises ValueError for another word.
-    """
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    if pairs not in ("best-worst", "adjacent", "all"):
-        raise ValueError(f"--pairs must be best-worst, adjacent or all, got {pairs}")
-    ends = [(order[0], order[-1])]
-    found = {"best-worst": ends, "adjacent": zip(order, order[1:]), "all": combinations(order, 2)}[pairs]
-    return [(better, worse) for better, worse in found if scores[better] > scores[worse]]
-
-
-def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str:
-    """The example with the completions that some pair compares, or the reason why there is no pair."""
-    compared = pair_indices(example.scores, pairs)
-    if not compared:
-        return "no completion is the better one"
-    best, worst = (example.completions[index] for index in pair_indices(example.scores, "best-worst")[0])
-    if best == worst:
-        return "chosen and rejected are the same"
-    used = sorted({index for pair in compared for index in pair})
-    completions = [example.completions[index] for index in used]
-    return example._replace(completions=completions, scores=[example.scores[index] for index in used])
-
-
-def usable_feedback(example: Example) -> Example | str:
-    """The example, or the reason why its completions are not known to be good or bad."""
-    return example if example.labelled else "it has no label"
-
-
-def desirable(scores: Sequence[float]) -> list[bool]:
-    """The label of each completion of a prompt: several are compared with the mean of their scores, one alone
-    (or several of the same score) with 0."""
-    middle = sum(scores) / len(scores) if len(set(scores)) > 1 else 0.0
-    return [score > middle for score in scores]
-
-
-def best_completion(example: Example) -> Example | str:
-    """The example with its highest-scored completion alone, for supervised fine-tuning, or the reason why
-    none is worth it."""
-    if not any(desirable(example.scores)):
-        return "labelled undesirable" if len(example.scores) == 1 else "no completion is the better one"
-    best = max(range(len(example.scores)), key=lambda index: example.scores[index])
-    return example._replace(completions=[example.completions[best]], scores=[example.scores[best]])
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{source}: {cause.removeprefix(f'{source}: ')}") from error

@@ -9,7 +9,7 @@ it names a statistic that only single responses have, marked *; then every (2, B
     policy_logps, ref_logps      (2, B)  log pi(y|x)
     kl, risk                     (2, B)  sequential forward KL and risk, sums over the tokens of a response
     lengths                      (2, B)  trained tokens
-    margins                      (B,)    of the rows
+    margins                      (B,)    of the row for its best over its worst; of other pairs their share
     sequence_scores              (2, B)  scalar head of a reward model
     delta                        ()      mean reward over the responses of the steps before
     kl_estimate                  ()      mean log-ratio of mismatched answers, before the clamp
@@ -18,6 +18,7 @@ it names a statistic that only single responses have, marked *; then every (2, B
     group *                      (R,)    which prompt
     kl_token_max *               (R,)    largest log-ratio of a token of the mismatched answer, at least 0
     token_policy_logps *, token_ref_logps *, token_entropy *, token_values *   (N,)
+    token_logratios *            (N,)    log pi - log pi_ref of a token; see `humanline`
     token_advantages *, token_returns *   (N,)  frozen before the step, see `advantages`
     response *                   (N,)    which response
 
@@ -88,7 +89,8 @@ def robust_dpo(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1, ep
 
 
 def odpo(policy_logps: Tensor, ref_logps: Tensor, margins: Tensor, *, beta: float = 0.1) -> Loss:
-    """DPO with an offset: -logsigmoid(beta Delta - margin), the margin of each row (its "margin", else 0).
+    """DPO with an offset: -logsigmoid(beta Delta - margin), the margin of each row (its "margin", else 0). Of
+    a list it is that of the best over the worst, and another pair's is its share of their score difference.
 
     policy_logps, ref_logps (2, B), margins (B,) -> losses (B,). Source: arXiv:2402.10571, the ODPO objective;
     the margin is taken as given, where the paper scales the logarithm of a score difference. Raises
@@ -183,8 +185,9 @@ def bco_pair(policy_logps: Tensor, ref_logps: Tensor, delta: Tensor, *, beta: fl
 def sppo_hard(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.001) -> Loss:
     """Self-play preference optimisation with hard labels: (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2.
 
-    policy_logps, ref_logps (2, B) -> losses (B,). Source: arXiv:2405.00675, the objective of its released
-    code, beta = 1 / eta with its eta. Raises ValueError unless beta > 0.
+    policy_logps, ref_logps (2, B) -> losses (B,). Source: arXiv:2405.00675, beta = 1 / eta with its eta. Its
+    released code takes the mean of the two squares, so this loss and its gradient are twice those. Raises
+    ValueError unless beta > 0.
     """
     _positive(beta=beta)
     chosen, rejected = logratios = policy_logps - ref_logps  # (2, B)
@@ -214,12 +217,14 @@ def apo_down(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1) -> L
     return Loss(chosen.sigmoid() + (rejected - chosen).sigmoid(), rewards.detach())
 
 
-def discopop(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1, tau: float = 0.05) -> Loss:
+def discopop(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1, tau: float = 0.2) -> Loss:
     """Discovered preference optimisation, the log-ratio modulated loss: (1 - s) (-logsigmoid(rho)) + s
     exp(-rho), rho = beta Delta, s = sigmoid(rho / tau).
 
-    policy_logps, ref_logps (2, B) -> losses (B,). Source: arXiv:2406.08414, the LRML objective. Raises
-    ValueError unless beta > 0 and 0 < tau < 1, beyond which it is unbounded.
+    policy_logps, ref_logps (2, B) -> losses (B,). Source: arXiv:2406.08414, the LRML objective. Published
+    default: tau 0.05, which near 0 pushes away from the preference. There the slope in rho is (1 - log 2) /
+    (4 tau) - 3/4: +0.784 at tau 0.05, 0 at 0.1023, -0.366 at 0.2. From 0.11 to 0.9 the loss falls everywhere.
+    Raises ValueError unless beta > 0 and 0 < tau < 1, beyond which it is unbounded.
     """
     if not 0 < tau < 1:
         raise ValueError(f"tau must be in (0, 1), got {tau}")
@@ -244,7 +249,8 @@ def tdpo2(
     """Token-level DPO, second form: l(Delta - alpha (K_l - sg(K_w))), sg = stop-gradient.
 
     policy_logps, ref_logps, kl (2, B) -> losses (B,). Source: arXiv:2404.11999, the TDPO2 objective. own =
-    beta (logp - ref + K). Raises ValueError unless beta > 0 and alpha >= 0.
+    beta (logp - ref + alpha K), whose margin is the loss's logit; its code logs it without alpha. Raises
+    ValueError unless beta > 0 and alpha >= 0.
     """
     return _with_anchored_drift(policy_logps, ref_logps, kl, beta, alpha)
 
@@ -266,7 +272,8 @@ def ra_dpo2(
     """Risk-aware DPO, second form: l(Delta - alpha (R_l - sg(R_w))), sg = stop-gradient.
 
     policy_logps, ref_logps, risk (2, B) -> losses (B,). Source: arXiv:2505.20359, Ra-DPO2; differences as in
-    `ra_dpo1`. own = beta (logp - ref + R). Raises ValueError unless beta > 0 and alpha >= 0.
+    `ra_dpo1`. own = beta (logp - ref + alpha R), whose margin is the loss's logit. Raises ValueError unless
+    beta > 0 and alpha >= 0.
     """
     return _with_anchored_drift(policy_logps, ref_logps, risk, beta, alpha)
 
@@ -301,8 +308,10 @@ def simpo(policy_logps: Tensor, lengths: Tensor, *, beta: float = 2.0, gamma: fl
 def cpo(policy_logps: Tensor, lengths: Tensor, *, beta: float = 0.1, sft_weight: float = 1.0) -> Loss:
     """Contrastive preference optimisation: -logsigmoid(beta (logp_w - logp_l)) - sft_weight logp_w / |y_w|.
 
-    policy_logps, lengths (2, B) -> losses (B,). Source: arXiv:2401.08417; its log-likelihood term is
-    averaged over the answer's tokens, as its code does. Raises ValueError unless beta > 0, sft_weight >= 0.
+    policy_logps, lengths (2, B) -> losses (B,). Source: arXiv:2401.08417. The log-likelihood is averaged over
+    each answer's tokens, so that every pair weighs the same; its code takes one mean over the tokens of all
+    chosen answers of a micro-batch, where a longer answer weighs more. Raises ValueError unless beta > 0 and
+    sft_weight >= 0.
     """
     _positive(beta=beta)
     _not_negative(sft_weight=sft_weight)
@@ -432,6 +441,7 @@ def apo_zero_unpaired(
 def ppo(
     token_policy_logps: Tensor,
     token_ref_logps: Tensor,
+    token_logratios: Tensor,
     token_values: Tensor,
     token_entropy: Tensor,
     token_advantages: Tensor,
@@ -443,19 +453,21 @@ def ppo(
     entropy_weight: float = 0.0,
 ) -> Loss:
     """Offline one-step PPO, per token: max(-A rho, -A clamp(rho, clip, 1 / clip)) + value_weight (V - G)^2 /
-    2 + kl_weight (e^d - d - 1) - entropy_weight H, rho = pi / pi_ref, d = log pi_ref - log pi.
+    2 + kl_weight (e^d - d - 1) - entropy_weight H, rho = e^token_logratios = pi / pi_ref, d = log pi_ref -
+    log pi.
 
-    All (N,) -> losses (N,); rewards = log pi - log pi_ref in nats. The reference is the old policy; A (GAE,
-    whitened over the step) and G (discounted return) come from `advantages`. metrics: the share of clipped
-    tokens, the entropy, the KL estimate k3. Source: arXiv:1707.06347, eq. 7 and 9, offline as in
-    arXiv:2402.01306, appendix; KL by k3 since -log rho is not a KL off-policy. Raises ValueError unless 0 <
-    clip < 1 and the weights are >= 0.
+    All (N,) -> losses (N,); rewards = log pi - log pi_ref in nats. Under `humanline` rho alone is clamped: d
+    and the rewards are of the log-probabilities as they are, so that a token beyond the bounds is still
+    pulled back. The reference is the old policy; A (GAE, whitened over the step) and G (discounted return)
+    come from `advantages`. metrics: the share of clipped tokens, the entropy, the KL estimate k3. Source:
+    arXiv:1707.06347, eq. 7 and 9, offline as in arXiv:2402.01306, appendix; KL by k3 since -log rho is not a
+    KL off-policy. Raises ValueError unless 0 < clip < 1 and the weights are >= 0.
     """
     if not 0 < clip < 1:
         raise ValueError(f"clip must be in (0, 1), got {clip}")
     _not_negative(value_weight=value_weight, kl_weight=kl_weight, entropy_weight=entropy_weight)
+    surrogate, clipped = _clipped(token_logratios, token_advantages, clip, 1 / clip)  # (N,) each
     logratios = token_policy_logps - token_ref_logps  # (N,)
-    surrogate, clipped = _clipped(logratios, token_advantages, clip, 1 / clip)  # (N,) each
     penalty = _k3(logratios)  # (N,)
     critic = 0.5 * (token_values - token_returns).square()  # (N,)
     losses = surrogate + value_weight * critic + kl_weight * penalty - entropy_weight * token_entropy
@@ -466,6 +478,7 @@ def ppo(
 def grpo(
     token_policy_logps: Tensor,
     token_ref_logps: Tensor,
+    token_logratios: Tensor,
     response: Tensor,
     lengths: Tensor,
     scores: Tensor,
@@ -479,9 +492,11 @@ def grpo(
     epsilon)) + beta (e^d - d - 1), A = (s - mean) / (std + std_floor) within the responses of one prompt.
 
     token_* and response (N,), lengths, scores, group (R,) -> losses (R,); rewards (N,) = log pi - log pi_ref.
-    rho = pi / pi_ref, d = log pi_ref - log pi: the reference is the old policy. std of the population, so
-    that a lone response has A = 0. Source: arXiv:2402.03300, eq. 3 and 4 with its beta; std_floor as HALOs
-    (TRL: 1e-4). Raises ValueError unless 0 < epsilon < 1, beta >= 0 and std_floor > 0.
+    rho = e^token_logratios = pi / pi_ref, d = log pi_ref - log pi: the reference is the old policy; under
+    `humanline` rho alone is clamped, as in `ppo`. std of the population, so that a lone response has A = 0:
+    prompts whose responses all have one score teach nothing and are left out when data are read. Source:
+    arXiv:2402.03300, eq. 3 and 4 with its beta; std_floor as HALOs (TRL: 1e-4). Raises ValueError unless 0 <
+    epsilon < 1, beta >= 0 and std_floor > 0.
     """
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon must be in (0, 1), got {epsilon}")
@@ -493,8 +508,9 @@ def grpo(
     centred = scores - mean[group]  # (R,)
     variance = scores.new_zeros(groups).index_add(0, group, centred.square()) / members  # (G,)
     advantages = centred / (variance.sqrt()[group] + std_floor)  # (R,)
+    bounds = (1 - epsilon, 1 + epsilon)
+    surrogate, clipped = _clipped(token_logratios, advantages[response], *bounds)  # (N,) each
     logratios = token_policy_logps - token_ref_logps  # (N,)
-    surrogate, clipped = _clipped(logratios, advantages[response], 1 - epsilon, 1 + epsilon)  # (N,) each
     penalty = _k3(logratios)  # (N,)
 
     def per_response(values: Tensor) -> Tensor:
@@ -526,24 +542,20 @@ def with_sft(losses: Tensor, policy_logps: Tensor, lengths: Tensor, *, sft_weigh
     return losses - sft_weight * policy_logps[0] / lengths[0] if sft_weight else losses
 
 
-def humanline(
-    token_policy_logps: Tensor,
-    token_ref_logps: Tensor,
-    *,
-    log_epsilon_p: float = -1.0,
-    log_epsilon_r: float = 1.5,
-) -> Tensor:
-    """Log-probabilities whose log-ratio to the reference is clamped, token by token: ref + clamp(logp - ref,
-    log_epsilon_p, log_epsilon_r), without gradient where it bites.
+def humanline(token_logratios: Tensor, *, log_epsilon_p: float = -1.0, log_epsilon_r: float = 1.5) -> Tensor:
+    """Log-ratios to the reference clamped, token by token, to [log_epsilon_p, log_epsilon_r], without
+    gradient where it bites.
 
-    (N,), (N,) -> (N,). For losses that see the policy through its log-ratio alone. Source: HALOs
-    (arXiv:2509.24207), with its bounds. Raises ValueError unless log_epsilon_p < 0 < log_epsilon_r.
+    (N,) -> (N,). For losses that see the policy through its log-ratio alone, whose log-probabilities become
+    the reference's plus these; and for losses that ask for `token_logratios`, which get these and all else as
+    it is. Source: HALOs (arXiv:2509.24207), with its bounds. Raises ValueError unless log_epsilon_p < 0 <
+    log_epsilon_r.
     """
     if not -math.inf < log_epsilon_p < 0 < log_epsilon_r < math.inf:
         raise ValueError(
             f"humanline needs log_epsilon_p < 0 < log_epsilon_r, got {log_epsilon_p}, {log_epsilon_r}"
         )
-    return token_ref_logps + (token_policy_logps - token_ref_logps).clamp(log_epsilon_p, log_epsilon_r)
+    return token_logratios.clamp(log_epsilon_p, log_epsilon_r)
 
 
 def advantages(
@@ -621,7 +633,7 @@ def _with_anchored_drift(
     logratios, logits = _implicit(policy_logps, ref_logps, beta)  # (2, B), (B,)
     chosen, rejected = drift
     losses = -F.logsigmoid(logits - beta * alpha * (rejected - chosen.detach()))  # (B,)
-    return Loss(losses, beta * logratios.detach(), beta * (logratios + drift).detach())
+    return Loss(losses, beta * logratios.detach(), beta * (logratios + alpha * drift).detach())
 
 
 def _clipped(logratios: Tensor, weights: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

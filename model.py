@@ -10,7 +10,7 @@ attention code of their own.
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from safetensors.torch import load_file
@@ -82,11 +82,12 @@ def load(
     at 0.
 
     `weights` "random" starts from the directory's config.json alone, with transformers' own initialisation
-    under `seed`. Embeddings grow to `vocabulary` rows where they have fewer and are never shrunk; new rows
-    are the mean of the old ones, so that equal models stay equal. With `reward_model` a sequence classifier
-    is taken too, as the language model whose head it has lost. Raises ValueError: no such model, pickle
-    weights, missing weights, positions shorter than `max_length`, or an architecture for which packed
-    attention does not reproduce the model's own logits.
+    under `seed`. Embeddings grow to `vocabulary` rows where they have fewer and are never shrunk; a new row
+    is the mean of the old ones plus noise that its index alone decides, so that equal models stay equal and
+    no two new tokens start as one vector. With `reward_model` a sequence classifier is taken too, as the
+    language model whose head it has lost. Raises ValueError: no such model, pickle weights, missing weights,
+    positions shorter than `max_length`, or an architecture for which packed attention does not reproduce the
+    model's own logits.
     """
     trust = {"trust_remote_code": trust_remote_code}
     options = {**trust, **_local(path)}
@@ -109,6 +110,7 @@ def load(
             scorer = any("ForSequenceClassification" in name for name in config.architectures or ())
             if scorer and not reward_model:
                 raise ValueError("a classifier, not a language model")
+            _untie(lm)
             head = {f"lm_head.{kind}" for kind in ("weight", "bias")} if scorer else set()
             _refuse_missing(path, {**report, "missing_keys": set(report["missing_keys"]) - head}, lm)
     except Exception as error:  # a dozen unrelated types for a directory that is not a model
@@ -203,6 +205,15 @@ def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
         lm.score.weight.data.copy_(old.score.weight)
 
 
+def stop_at(model: LanguageModel, ids: Sequence[int]) -> None:
+    """Let generation stop at these tokens too: the ends of turn that training taught."""
+    settings = model.lm.generation_config
+    old = settings.eos_token_id
+    old = [] if old is None else [old] if isinstance(old, int) else list(old)
+    found = [*old, *(id for id in ids if id not in old)]
+    settings.eos_token_id = found[0] if len(found) == 1 else found or None
+
+
 def checkpoint_activations(model: LanguageModel, which: str) -> None:
     """Keep only the input of a block and recompute the block in the backward pass: of every block ("full"),
     of every second one ("selective") or of none. In place, before fsdp.shard."""
@@ -238,14 +249,27 @@ def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
         )
 
 
+def _untie(lm: nn.Module) -> None:
+    """A file may hold a head of its own where the configuration says tied: then it is trained apart, and the
+    export must say so."""
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    for config in (lm.config, lm.config.get_text_config()):
+        if head is not None and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = head.weight is embedding.weight
+
+
 @torch.no_grad()
 def _grow(lm: nn.Module, vocabulary: int) -> None:
     old = lm.get_input_embeddings().weight.shape[0]
     if vocabulary > old:
         lm.resize_token_embeddings(vocabulary, mean_resizing=False)
+        spread = getattr(lm.config.get_text_config(), "initializer_range", 0.02)
         for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
             for parameter in module.parameters():
                 parameter[old:] = parameter[:old].mean(0)
+            for row in range(old, vocabulary):  # the same twice where both are one matrix
+                noise = torch.randn(module.weight.shape[1], generator=torch.Generator().manual_seed(row))
+                module.weight[row] += spread * noise
 
 
 def _check_positions(path: str, config: Any, max_length: int) -> None:

@@ -22,11 +22,14 @@ from torch import Tensor
 
 import batch
 import config
-import data
+import encode
 import fsdp
 import losses
+import ranking
 import risk
 import vocab
+from arrays import Store
+from formats import Example
 
 LOSSES = config.functions_returning(losses, losses.Loss)
 del LOSSES["sft"]  # it sees no preference and would train the rejected answers: sft.py
@@ -43,7 +46,7 @@ def rewards_of(pack: batch.Pack, *, rewards: str = "labels") -> Tensor:
 
 # What is not a loss but has flags of its own, and for which losses.
 HELPERS = {
-    "pair losses": data.usable_pair,
+    "pair losses": ranking.usable_pair,
     "any other pair loss": losses.with_sft,
     "unary losses": batch.thin,
     "losses with advantages": losses.advantages,
@@ -53,7 +56,7 @@ HELPERS = {
 
 
 # What needs a reference model.
-REFERENCE = ("ref_logps", "token_ref_logps", "kl", "risk", "kl_estimate", "kl_token_max")
+REFERENCE = ("ref_logps", "token_ref_logps", "token_logratios", "kl", "risk", "kl_estimate", "kl_token_max")
 # What needs a value head, and advantages made before the step.
 CRITIC = ("token_values", "token_old_values", "token_advantages", "token_returns")
 
@@ -66,7 +69,8 @@ def resolve(args: argparse.Namespace) -> None:
     if args.risk is None and "risk" in needs:
         args.risk = "cvar"
     through_ratio = {"policy_logps", "ref_logps"} <= set(needs) or "token_ref_logps" in needs
-    if args.humanline and (not through_ratio or {"kl", "risk"} & set(needs)):
+    through_ratio = through_ratio and not {"kl", "risk"} & set(needs)
+    if args.humanline and not (through_ratio or "token_logratios" in needs):
         config.fail(f"--loss {args.loss} takes no --humanline: it is not a function of the log-ratio alone")
     critic, reference = (any(name in names for name in needs) for names in (CRITIC, REFERENCE))
     rendered = "sequence_scores" in needs  # whole conversations are read
@@ -98,7 +102,7 @@ def chosen(args: argparse.Namespace) -> list[Callable]:
     critic = any(name in CRITIC for name in needs)
     asked = {
         RISKS.get(args.risk): args.risk,
-        data.usable_pair: pairs,
+        ranking.usable_pair: pairs,
         losses.with_sft: pairs and not own_sft,
         batch.thin: not pairs,
         losses.advantages: critic,
@@ -135,13 +139,8 @@ def statistics(
 ) -> dict[str, Tensor | None]:
     """Everything a loss may ask for by name. Sums over the trained tokens of a response, nats; `values` (N,)
     and `scores` (R,) are of the scalar heads."""
-
-    def sums(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        responses = by_response(values, pack)  # (R,)
-        return responses[pack.pairs] if pairs else responses  # (2, B) or (R,)
-
+    sums = functools.partial(_sums, pack=pack, pairs=pairs)
+    logratios = None if tokens.ref_logps is None else tokens.logps - tokens.ref_logps  # (N,)
     return {
         "policy_logps": sums(tokens.logps),  # (2, B) or (R,)
         "ref_logps": sums(tokens.ref_logps),  # (2, B) or (R,) frozen
@@ -156,6 +155,7 @@ def statistics(
         "response": pack.response,  # (N,)
         "token_policy_logps": tokens.logps,  # (N,)
         "token_ref_logps": tokens.ref_logps,  # (N,) frozen
+        "token_logratios": logratios,  # (N,)
         "token_entropy": tokens.entropy,  # (N,)
         "token_values": values,  # (N,)
         "token_old_values": frozen.old_values,  # (N,) frozen
@@ -165,6 +165,31 @@ def statistics(
         "kl_token_max": frozen.kl_token_max,  # (R,) frozen
         "delta": frozen.delta,  # () frozen
     }
+
+
+def seen(
+    objective: "Objective", stats: dict[str, Tensor | None], pack: batch.Pack
+) -> dict[str, Tensor | None]:
+    """The statistics that the loss gets: under --humanline with clamped log-ratios.
+
+    A loss that asks for `token_logratios` gets these clamped and everything else as it is. To any other the
+    policy's log-probabilities are the reference's plus the clamped log-ratios.
+    """
+    if objective.humanline is None:
+        return stats
+    logratios = objective.humanline(stats["token_logratios"])  # (N,)
+    if "token_logratios" in objective.needs:
+        return stats | {"token_logratios": logratios}
+    logps = stats["token_ref_logps"] + logratios  # (N,)
+    return stats | {"token_policy_logps": logps, "policy_logps": _sums(logps, pack, bool(objective.pairs))}
+
+
+def _sums(values: Tensor | None, pack: batch.Pack, pairs: bool) -> Tensor | None:
+    """Sums over the tokens of each response, by pairs or not: (N,) -> (2, B) or (R,)."""
+    if values is None:
+        return None
+    responses = by_response(values, pack)  # (R,)
+    return responses[pack.pairs] if pairs else responses
 
 
 def by_response(values: Tensor, pack: batch.Pack) -> Tensor:
@@ -200,15 +225,51 @@ class Objective(NamedTuple):
         return "sequence_scores" in self.needs
 
     @property
+    def compares(self) -> bool:
+        """Does it learn from the scores of a prompt's completions against each other alone?"""
+        return bool(self.pairs) or "group" in self.needs
+
+    @property
+    def select(self) -> Callable[[Example], Example | str]:
+        """What it learns from in a row, or the reason why that is nothing."""
+        if self.pairs:
+            return functools.partial(ranking.usable_pair, pairs=self.pairs)
+        return ranking.usable_group if self.compares else ranking.usable_feedback
+
+    def unsure(self, found: Store, args: argparse.Namespace) -> np.ndarray:
+        """The examples of a store of which `select` and the encoder have not said yet what is used."""
+        if not self.compares:
+            return np.arange(0)
+        if args.group_by or self.thin is not None:
+            return np.arange(len(found))
+        return np.flatnonzero(found.sizes > 2)
+
+    def counts(self, found: Store) -> np.ndarray:
+        """How many of what --batch-size counts each example of a store has: (n,)."""
+        return ranking.pair_counts(found.scores, found.sizes, self.pairs) if self.pairs else found.sizes
+
+    def used(self, found: Store, index: int, scores: list[float]) -> Sequence[int] | str:
+        """The same of an example of a store.Store, cut to its length and perhaps gathered of rows or thinned:
+        which of its completions."""
+        if not self.compares:
+            return range(len(scores))
+        ends = ranking.pair_indices(scores, "best-worst")
+        if not ends:
+            return ranking.NO_BETTER
+        if self.pairs and found.alike(index, *ends[0]):
+            return "chosen and rejected are the same tokens"
+        return ranking.compared(scores, self.pairs) if self.pairs else range(len(scores))
+
+    @property
     def batch_unit(self) -> str:
         """What --batch-size counts."""
         return "pairs" if self.pairs else "responses"
 
     def batch_units(self, scores: Sequence[float]) -> int:
         """How many of them an example with completions of these scores has."""
-        return len(data.pair_indices(scores, self.pairs)) if self.pairs else len(scores)
+        return len(ranking.pair_indices(scores, self.pairs)) if self.pairs else len(scores)
 
-    def units(self, example: data.Encoded) -> int:
+    def units(self, example: encode.Encoded) -> int:
         """How many losses an example has."""
         return example.trained_tokens if self.unit == "tokens" else self.batch_units(example.scores)
 
@@ -216,6 +277,13 @@ class Objective(NamedTuple):
         """Of each unit in the sum."""
         every = {"pairs": pack.pair_weights, "responses": pack.weights, "tokens": pack.weights[pack.response]}
         return every[self.unit]
+
+
+def check_partners(objective: Objective, source: str, prompts: Sequence[int]) -> None:
+    """Raises ValueError, before any model is loaded, where the KL estimate has no other prompt's answers."""
+    if objective.mismatches:
+        with config.located(source):
+            batch.partners(prompts, range(len(prompts)))
 
 
 def make_objective(args: argparse.Namespace) -> Objective:
@@ -227,10 +295,10 @@ def make_objective(args: argparse.Namespace) -> Objective:
     needs = config.positional(functions[0])
     through = next((name for name in ("risk", "kl") if name in needs), None)
     helpers = (losses.with_sft, losses.humanline, losses.advantages, rewards_of, batch.thin)
-    pairs = settings.get(data.usable_pair, {}).get("pairs")
+    pairs = settings.get(ranking.usable_pair, {}).get("pairs")
     measure = bound[RISKS[args.risk]] if args.risk else None
     objective = Objective(bound[functions[0]], needs, "", pairs, measure, through, *map(bound.get, helpers))
-    example = data.Encoded(
+    example = encode.Encoded(
         [1], [[2, 3, 4], [5, 6]], [[True] * 3, [True] * 2], [1.0, 0.0], labels=[True, False]
     )
     if objective.thin is not None:
@@ -248,9 +316,10 @@ def make_objective(args: argparse.Namespace) -> Objective:
     if objective.with_sft is not None:
         objective.with_sft(out.losses, stats["policy_logps"], stats["lengths"])
     if objective.humanline is not None:
-        objective.humanline(ones, ones)
-        moved = {name: stats[name] - 1.0 * name.endswith("_logps") for name in needs}
-        if not torch.equal(objective.loss(**moved).losses, out.losses):
+        objective.humanline(ones)
+        moved = {name: stats[name] - 1.0 if name.endswith("_logps") else stats[name] for name in needs}
+        alone = torch.equal(objective.loss(**moved).losses, out.losses)
+        if not alone and "token_logratios" not in needs:
             raise ValueError("--humanline is for losses of the log-ratio alone")
     units = {1: "pairs", 2: "responses", 5: "tokens"}
     if out.losses.dim() != 1 or len(out.losses) not in units:

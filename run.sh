@@ -13,7 +13,7 @@ bash run.sh            set up, then the demo: SFT of a tiny model, then dpo, tdp
                        bundled Anthropic HH sample; ends with a table and a figure. Finished stages are skipped.
 bash run.sh test       set up, then the test suite; further arguments go to pytest
 bash run.sh setup      only make .venv and install requirements.txt
-bash run.sh bench      every measurement of the README on SmolLM2-135M, about half an hour on 2 cores; tables go to runs/bench
+bash run.sh bench      every table of bench/README.md on SmolLM2-135M: about half an hour on 2 cores, into runs/bench
 bash run.sh step       the time and memory of one step: bench/step.py (all of these fetch the model, 93 MB)
 bash run.sh exact      the errors of logp, kl and cvar against fp64 on SmolLM2-135M: bench/exact.py
 bash run.sh parity     our losses against TRL's, in an environment of its own (1.5 GB): bench/parity.py
@@ -62,7 +62,7 @@ smollm2() {
     .venv/bin/python examples/get_smollm2.py models/smollm2
 }
 
-# Every table of the README. Nothing else should run on the machine meanwhile.
+# Every table of bench/README.md. Nothing else should run on the machine meanwhile.
 bench() {
     local out=runs/bench model=models/smollm2
     mkdir -p "$out"

@@ -21,14 +21,18 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
+import arrays
 import attention
 import batch
+import chat
 import checkpoint
 import config
 import data
+import encode
 import fsdp
 import losses
 import model
+import ranking
 import store
 import vocab
 
@@ -39,10 +43,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     # fmt: off
     add("--model", required=True, help="model to start from: a directory or a hub name")
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
-    add("--data", required=True, help="hh, imdb, NAME=DIR, or a .jsonl or .json file")
-    add("--eval-data", default=None, help="held-out rows; None: the test split of a named --data, else none")
+    add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half")
+    add("--eval-data", default=None, nargs="+", help="held-out rows; None: the test split of a named --data")
+    add("--strict-data", type=config.boolean, default=False, help="stop at a row that cannot be used")
     add("--method", choices=("sft", "csft"), default="sft", help="csft: all, a control token first")
-    add("--chat-template", default=None, help="plain, raw or a file; None: the tokenizer's own, else plain")
+    add("--chat-template", default=None, help="plain, none, a name or a file; None: the tokenizer's")
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
     add("--max-prompt-length", type=config.count, default=None, help="tokens; None: half of --max-length")
     add("--batch-size", type=config.count, default=16, help="examples of one optimiser step, over all ranks")
@@ -71,15 +76,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def load_examples(
-    source: str, split: str, tokenizer: Any, template: Any, args: argparse.Namespace, say: Callable
-) -> store.Store:
+    sources: Sequence[str], split: str, tokenizer: Any, template: Any, args: argparse.Namespace, say: Callable
+) -> arrays.Store:
     """Read and encode, or take from the cache, of every example the best completion, or all with their
     control tokens; says what was left out and why. Raises ValueError."""
-    select, encoder = data.best_completion, data.encode
+    select, encoder = ranking.best_completion, encode.encode_turns
     if args.method == "csft":
-        select, encoder = data.usable_feedback, data.encode_conditioned
-    limits = (args.max_length, args.max_prompt_length)
-    return store.load(source, split, select, encoder, tokenizer, template, *limits, args.token_cache, say)
+        select, encoder = ranking.usable_feedback, encode.encode_conditioned
+    how = store.Encoding(select, encoder, tokenizer, args.max_length, args.max_prompt_length, template)
+    options = {"cache": args.token_cache, "strict": args.strict_data, "seed": args.seed}
+    return store.load(sources, split, how, say=say, **options)
 
 
 def forward(policy: model.LanguageModel, pack: batch.Pack) -> losses.Loss:
@@ -92,7 +98,10 @@ def forward(policy: model.LanguageModel, pack: batch.Pack) -> losses.Loss:
 
 @torch.no_grad()
 def evaluate(
-    policy: model.LanguageModel, examples: list[data.Encoded], args: argparse.Namespace, device: torch.device
+    policy: model.LanguageModel,
+    examples: list[encode.Encoded],
+    args: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Means over the trained tokens of the held-out examples, all ranks together."""
     rank, world_size = fsdp.ranks()
@@ -132,24 +141,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
         tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
-        template = data.chat_template(tokenizer, args.chat_template)
-        say(f"chat template: {template[0]}")
+        template = chat.chat_template(tokenizer, args.chat_template)
+        say(f"chat template: {template.name}")
         if args.method == "csft":
             # those it has are not added again
-            tokenizer.add_tokens(list(data.CONTROL_TOKENS), special_tokens=True)
+            tokenizer.add_tokens(list(chat.CONTROL_TOKENS), special_tokens=True)
         train = load_examples(args.data, "train", tokenizer, template, args, say)
-        held_out = data.held_out_source(args.data, args.eval_data)
+        held_out = data.held_out(args.data, args.eval_data)
         evaluated = load_examples(held_out, "test", tokenizer, template, args, say) if held_out else []
-        evaluated = data.subset(evaluated, args.eval_examples)
+        evaluated = arrays.subset(evaluated, args.eval_examples)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         policy = model.load(
             args.model, torch.float32, *options, vocabulary=len(tokenizer) * (args.method == "csft")
         )
         model.check_vocabulary(tokenizer, policy)
-    tokenizer.chat_template = template[1] or tokenizer.chat_template  # what was trained with goes along
+    tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
+    model.stop_at(policy, encode.stop_ids(train, template))
     if args.method == "csft":
-        tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + data.ASK_FOR_GOOD
+        tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + chat.ASK_FOR_GOOD
     model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device)
     optimizer = torch.optim.AdamW(
@@ -159,14 +169,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = train.lengths  # (n,)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = args.epochs * steps_per_epoch if args.steps is None else args.steps
+    made = vars(args) | {"data_digest": train.digest}
     with config.user_errors():
-        start = checkpoint.resume(
-            args.out, args.resume, policy, optimizer, vars(args), config.FREE_FLAGS, device
-        )
+        start = checkpoint.resume(args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device)
     lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
     if rank == 0:
         config.rewind_log(args.out, start)
         tokenizer.save_pretrained(f"{args.out}/tokenizer")
+        policy.lm.generation_config.to_json_file(f"{args.out}/tokenizer/generation_config.json")
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} ranks")
 
     config.write_status(args, rank, "running", start)
@@ -184,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
             log(evaluate(policy, evaluated, args, device) | {"step": step})
         if args.save_every and step % args.save_every == 0 and step > start:
-            checkpoint.save(args.out, step, policy, optimizer, vars(args), args.keep_last)
+            checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last)
 
         began = time.perf_counter()
         works = plan[index][rank]
@@ -219,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(evaluate(policy, evaluated, args, device) | {"step": total})
     if total > 0:
         if args.save_every:
-            checkpoint.save(args.out, total, policy, optimizer, vars(args), args.keep_last)
+            checkpoint.save(args.out, total, policy, optimizer, made, args.keep_last)
         checkpoint.export(policy, tokenizer, f"{args.out}/final")
         say(f"wrote {args.out}/final")
     config.write_status(args, rank, "done", total)

@@ -1,12 +1,11 @@
 """Tokenised examples on disk, memory-mapped: encoded once, by every core, and never all in memory.
 
-    load     rows of data.py -> Store, from the cache where it holds these very rows under these very flags
-    Store    a sequence of data.Encoded, and what the batch plan needs of all of them as arrays
+    load     rows of data.py -> arrays.Store, from the cache where it holds these very rows under these flags
 
-A cache is one directory of flat arrays. An example is a run of pieces, its prompt and then its completions;
-a piece is a run of tokens. Its name is a hash of everything the ids depend on (source files by size and time,
-split, tokenizer, chat template, lengths, encoder, and data.py itself), so nothing stale is ever read: an
-edited dataset function or a changed flag makes another directory. Old ones may be deleted at any time.
+A cache is one directory of the flat arrays of arrays.py. Its name is a hash of everything the ids depend on
+(source files by size and time, split, tokenizer, chat template, lengths, encoder, and the code that reads and
+encodes), so nothing stale is ever read: an edited dataset function or a changed flag makes another directory.
+Old ones may be deleted at any time.
 
 Left out: sharing between machines without a common file system (each tokenises once), compression.
 """
@@ -27,138 +26,136 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
+import arrays
+import chat
 import data
+import encode
+import files
+import formats
+import ranking
+import values
+from arrays import TYPES, Arrays, Store, joined
+from chat import Template
+from encode import Encoded
+from formats import Example, Fault
 
 CHUNK = 256  # rows encoded at a time
 INLINE = 8  # chunks encoded before other processes are worth their start of a few seconds
 
 
-class Arrays(NamedTuple):
-    """n examples of m pieces of t tokens."""
+class Encoding(NamedTuple):
+    """How rows become token ids: everything that they depend on beside the rows."""
 
-    ids: np.ndarray  # (t,)
-    trained: np.ndarray  # (t,) is the token predicted by the loss
-    starts: np.ndarray  # (m,) index into t of each piece's first token
-    sizes: np.ndarray  # (m,) tokens of each piece
-    scores: np.ndarray  # (m,) of completions; 0 for a prompt
-    labels: np.ndarray  # (m,) is the completion desirable; False for a prompt
-    first: np.ndarray  # (n + 1,) index into m of each example's prompt, and m
-    weights: np.ndarray  # (n,)
-    margins: np.ndarray  # (n,)
-    prompts: np.ndarray  # (n,) equal for equal prompts
+    select: Callable[[Example], Example | str]  # what is kept of a row, or why it is not wanted
+    encoder: Callable[..., Encoded | list[Encoded] | str]  # of encode.py
+    tokenizer: Any
+    max_length: int
+    max_prompt_length: int | None
+    template: Template
 
 
-TYPES = Arrays("<i4", "?", "<i8", "<i4", "<f8", "?", "<i8", "<f8", "<f8", "<i8")
+class About(NamedTuple):
+    """What a cache says of itself: counts by reason, and where each was met first."""
 
-
-class Store(Sequence):
-    """A sequence of data.Encoded, each made from the arrays when it is asked for."""
-
-    def __init__(self, arrays: Arrays) -> None:
-        self.arrays = arrays
-
-    def __len__(self) -> int:
-        return len(self.arrays.weights)
-
-    def __getitem__(self, index: int) -> data.Encoded:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        found = self.arrays
-        prompt, *completions = range(found.first[index], found.first[index + 1])
-        spans = [
-            slice(found.starts[piece], found.starts[piece] + found.sizes[piece]) for piece in completions
-        ]
-        begin = found.starts[prompt]
-        return data.Encoded(
-            found.ids[begin : begin + found.sizes[prompt]].tolist(),
-            [found.ids[span].tolist() for span in spans],
-            [found.trained[span].tolist() for span in spans],
-            found.scores[completions].tolist(),
-            float(found.weights[index]),
-            float(found.margins[index]),
-            found.labels[completions].tolist(),
-        )
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example: (n,)."""
-        return np.add.reduceat(self.arrays.sizes, self.arrays.first[:-1], dtype=np.int32)
-
-    @property
-    def scores(self) -> Iterator[list[float]]:
-        """The scores of each example's completions."""
-        first = self.arrays.first
-        for index in range(len(self)):
-            yield self.arrays.scores[first[index] + 1 : first[index + 1]].tolist()
-
-    def only(self, chosen: Callable[[np.ndarray], np.ndarray]) -> "Store":
-        """The completions that `chosen` says of the labels of all, (c,) bool -> (c,) bool; an example that
-        loses them all is left out."""
-        found = self.arrays
-        is_prompt = np.zeros(len(found.sizes), bool)
-        is_prompt[found.first[:-1]] = True
-        kept = is_prompt.copy()  # (m,)
-        kept[~is_prompt] = chosen(found.labels[~is_prompt])
-        left = np.add.reduceat(kept, found.first[:-1], dtype=np.int64)  # (n,) pieces, the prompt among them
-        stays = left > 1  # (n,)
-        kept &= np.repeat(stays, np.diff(found.first))
-        pieces = {name: getattr(found, name)[kept] for name in ("starts", "sizes", "scores", "labels")}
-        examples = {name: getattr(found, name)[stays] for name in ("weights", "margins", "prompts")}
-        first = np.concatenate([[0], left[stays].cumsum()])  # (n + 1,)
-        return Store(found._replace(first=first, **pieces, **examples))
+    rows: int  # read
+    left_out: dict[str, int]  # rows that are not wanted
+    faults: dict[str, tuple[int, str]]  # rows that cannot be used
+    remarks: dict[str, tuple[int, str]]  # rows that were changed
+    unread: list[str]  # keys
+    digest: str  # of all ids, masks, scores and weights
+    bytes: dict[str, int]  # of each array
 
 
 def load(
-    source: str,
+    sources: Sequence[str],
     split: str,
-    select: Callable[[data.Example], data.Example | str],
-    encoder: Callable[..., data.Encoded | str],
-    tokenizer: Any,
-    template: tuple[str, str | None],
-    max_length: int,
-    max_prompt_length: int | None,
+    encoding: Encoding,
+    *,
     cache: str,
+    strict: bool,
+    seed: int,
     say: Callable[[str], None],
 ) -> Store:
-    """Every row that `select` keeps and `encoder` can use, from the cache or encoded into it; says what was
-    kept, what was left out and why, and shows one example with its trained part.
+    """Every row of all sources that `encoding` keeps and can use, each source from the cache or encoded into
+    it, as much of it as its weight says; tells what was kept, what was left out and why, and shows one.
 
     Processes that ask for the same rows at once, the ranks of a run among them, wait for the first. A cache
-    is complete or not there. Raises ValueError for a row that cannot be read, or if nothing is left.
+    is complete or not there. Raises ValueError for a file that cannot be read, if more than 5 % of a source's
+    rows cannot be used (if it has 20 or more; if `strict`: any), or if nothing is left.
     """
-    flags = (tokenizer, max_length, max_prompt_length, template)
-    place = Path(cache) / _name(source, split, select, encoder, *flags)
+    found = []
+    for spec in sources:
+        source, weight = data.weighted(spec)
+        store, about = _of_source(source, split, encoding, cache, say)
+        _report(source, store, about, encoding, strict, say)
+        found.append(store if weight == 1 else store.share(weight, seed))
+    store = joined(found) if len(found) > 1 else found[0]
+    first = store[0]
+    shown = [token for token, wanted in zip(first.completions[0], first.trained[0]) if wanted]
+    decode = encoding.tokenizer.decode
+    say(f"  ...{decode(first.prompt)[-120:]!r} -> {decode(shown)[:200]!r}")
+    return store
+
+
+def _of_source(
+    source: str, split: str, encoding: Encoding, cache: str, say: Callable[[str], None]
+) -> tuple[Store, About]:
+    """The rows of one source, its cache made if it is not there."""
+    place = Path(cache) / _name(source, split, encoding)
     place.parent.mkdir(parents=True, exist_ok=True)
     with open(place.with_suffix(".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _complete(place):
-            rows = data.stream(source, split)
-            _write(place, rows, (select, encoder, flags), lambda text: say(f"{source}: {text}"))
-    store, dropped = _open(place)
-    reasons = "; ".join(f"{number} left out: {reason}" for reason, number in dropped.items())
+            unread = set()
+            rows = data.stream(source, split, unread)
+            _write(place, rows, unread, encoding, lambda text: say(f"{source}: {text}"))
+    return _open(place)
+
+
+def _report(
+    source: str, store: Store, about: About, encoding: Encoding, strict: bool, say: Callable[[str], None]
+) -> None:
+    """What became of the rows. Raises ValueError where too many cannot be used."""
+    faulty = sum(number for number, _ in about.faults.values())
+    faults = [
+        f"{number} cannot be used: {why} (first: {where})" for why, (number, where) in about.faults.items()
+    ]
+    left_out = [f"{number} left out: {reason}" for reason, number in about.left_out.items()]
+    if faulty and (strict or about.rows >= 20 and faulty > about.rows / 20):
+        why, (_, where) = next(iter(about.faults.items()))
+        limit = "--strict-data true allows none" if strict else "more than 5 %"
+        raise ValueError(f"{where}: {why}; {faulty} of {about.rows} rows cannot be used, {limit}")
     if not len(store):
-        raise ValueError(f"{source}: no example is left at --max-length {max_length} ({reasons})")
+        reasons = "; ".join([*faults, *left_out])
+        unread = f"; keys not read: {values.names(about.unread[:20])}" * bool(about.unread)
+        raise ValueError(
+            f"{source}: no example is left at --max-length {encoding.max_length} ({reasons}{unread})"
+        )
     lengths = np.sort(store.lengths)
     middle, high = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    say(
-        f"{source}: {len(store)} examples, tokens {middle} (median), {high} (95 %), {lengths[-1]} (most). "
-        f"{reasons}"
-    )
-    first = store[0]
-    shown = [token for token, wanted in zip(first.completions[0], first.trained[0]) if wanted]
-    say(f"  ...{tokenizer.decode(first.prompt)[-120:]!r} -> {tokenizer.decode(shown)[:200]!r}")
-    return store
+    read = f"{about.rows} rows read, {len(store)} examples"
+    say(f"{source}: {read}, tokens {middle} (median), {high} (95 %), {lengths[-1]} (most)")
+    for line in faults + left_out:
+        say(f"  {line}")
+    for remark, (number, where) in about.remarks.items():
+        say(f"  {number} changed: {remark} (first: {where})")
+    if about.unread:
+        say(f"  keys not read: {values.names(about.unread[:20])}{', ...' * (len(about.unread) > 20)}")
 
 
-def _name(source: str, split: str, select: Callable, encoder: Callable, tokenizer: Any, *flags: Any) -> str:
+def _name(source: str, split: str, encoding: Encoding) -> str:
     """A hash of everything that the ids depend on."""
+    select, encoder, tokenizer, *lengths, template = encoding
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     chosen = (select.func.__name__, select.keywords) if hasattr(select, "func") else select.__name__
-    code = [Path(file).read_text(encoding="utf-8") for file in (data.__file__, __file__)]
+    modules = (arrays, chat, data, encode, files, formats, ranking, values)
+    paths = [__file__, *[module.__file__ for module in modules]]
+    code = [Path(path).read_text(encoding="utf-8") for path in paths]
+    template = template._replace(special_ids=sorted(template.special_ids))  # a set is written in any order
     libraries = [version(name) for name in ("transformers", "tokenizers")]
     told = [data.state(source, split), split, chosen, encoder.__name__, type(tokenizer).__name__, words]
-    told += [tokenizer.chat_template, tokenizer.special_tokens_map, flags, code, libraries]
+    told += [tokenizer.chat_template, tokenizer.special_tokens_map, lengths, template, code, libraries]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
@@ -167,38 +164,67 @@ def _name(source: str, split: str, select: Callable, encoder: Callable, tokenize
 
 
 def _write(
-    place: Path, rows: Iterator[data.Example | str], encode: tuple, say: Callable[[str], None]
+    place: Path,
+    rows: Iterator[Example | Fault | str],
+    unread: set[str],
+    encoding: Encoding,
+    say: Callable[[str], None],
 ) -> None:
     """The directory of a cache, from rows that are read once and never all held."""
     beside = place.with_suffix(".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
     beside.mkdir()
-    dropped = Counter()
+    total = Tally(0, Counter(), {}, {})
     tokens = pieces = 0
+    hashes = [hashlib.sha256() for _ in Arrays._fields]
     try:
         with contextlib.ExitStack() as stack:
-            files = Arrays(*[stack.enter_context(open(beside / name, "wb")) for name in Arrays._fields])
-            files.first.write(np.zeros(1, TYPES.first).tobytes())
-            for arrays, reasons in _encoded(rows, encode, say):
-                dropped.update(reasons)
-                arrays = arrays._replace(starts=arrays.starts + tokens, first=arrays.first + pieces)
-                tokens += len(arrays.ids)
-                pieces += len(arrays.sizes)
-                for file, array, kind in zip(files, arrays, TYPES):
-                    file.write(np.ascontiguousarray(array, kind).tobytes())
+            opened = Arrays(*[stack.enter_context(open(beside / name, "wb")) for name in Arrays._fields])
+            opened.first.write(np.zeros(1, TYPES.first).tobytes())
+            for part, tally in _encoded(rows, encoding, say):
+                total = total.plus(tally)
+                part = part._replace(starts=part.starts + tokens, first=part.first + pieces)
+                tokens += len(part.ids)
+                pieces += len(part.sizes)
+                for file, array, kind, digest in zip(opened, part, TYPES, hashes):
+                    raw = np.ascontiguousarray(array, kind).tobytes()
+                    file.write(raw)
+                    digest.update(raw)
         sizes = {name: (beside / name).stat().st_size for name in Arrays._fields}
-        (beside / "about.json").write_text(json.dumps({"bytes": sizes, "dropped": dropped}), encoding="utf-8")
+        digest = hashlib.sha256("".join(one.hexdigest() for one in hashes).encode()).hexdigest()
+        about = About(*total, sorted(map(str, unread)), digest, sizes)
+        (beside / "about.json").write_text(json.dumps(about._asdict()), encoding="utf-8")
         os.replace(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _encoded(rows: Iterator, encode: tuple, say: Callable[[str], None]) -> Iterator[tuple[Arrays, Counter]]:
+class Tally(NamedTuple):
+    """The counts of About, of some rows."""
+
+    rows: int
+    left_out: Counter
+    faults: dict[str, tuple[int, str]]
+    remarks: dict[str, tuple[int, str]]
+
+    def plus(self, other: "Tally") -> "Tally":
+        """Of these rows and then the others."""
+        counted = [dict(self.faults), dict(self.remarks)]
+        for mine, theirs in zip(counted, other[2:]):
+            for reason, (number, where) in theirs.items():
+                before, first = mine.get(reason, (0, where))
+                mine[reason] = (before + number, first)
+        return Tally(self.rows + other.rows, self.left_out + other.left_out, *counted)
+
+
+def _encoded(
+    rows: Iterator[Example | Fault | str], encoding: Encoding, say: Callable[[str], None]
+) -> Iterator[tuple[Arrays, Tally]]:
     """Chunks of rows, encoded in their order: the first few here, more by a process a core."""
     chunks = iter(lambda: list(islice(rows, CHUNK)), [])
     for chunk in islice(chunks, INLINE):
-        yield _encode_chunk(encode, chunk)
+        yield _encode_chunk(encoding, chunk)
     following = next(chunks, None)
     if following is None:
         return
@@ -206,7 +232,7 @@ def _encoded(rows: Iterator, encode: tuple, say: Callable[[str], None]) -> Itera
     say(f"tokenising with {workers} processes")
     # spawned: a fork would copy the locks of the threads that torch has started
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (encode,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (encoding,)) as pool:
         waiting = deque()
         try:
             for chunk in chain([following], chunks):
@@ -219,30 +245,39 @@ def _encoded(rows: Iterator, encode: tuple, say: Callable[[str], None]) -> Itera
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(encode: tuple) -> None:
-    _work.encode = encode
+def _start_worker(encoding: Encoding) -> None:
+    _work.encoding = encoding
 
 
-def _work(rows: list[data.Example | str]) -> tuple[Arrays, Counter]:
-    return _encode_chunk(_work.encode, rows)
+def _work(rows: list[Example | Fault | str]) -> tuple[Arrays, Tally]:
+    return _encode_chunk(_work.encoding, rows)
 
 
-def _encode_chunk(encode: tuple, rows: list[data.Example | str]) -> tuple[Arrays, Counter]:
-    """The arrays of some rows, their indices from 0, and why others were left out."""
-    select, encoder, flags = encode
-    dropped = Counter()
+def _encode_chunk(encoding: Encoding, rows: list[Example | Fault | str]) -> tuple[Arrays, Tally]:
+    """The arrays of some rows, their indices from 0, and what became of them."""
+    select, encoder, *flags = encoding
+    tally = Tally(len(rows), Counter(), {}, {})
     kept = []
     for row in rows:
-        for step in (select, lambda example: encoder(example, *flags)):
-            row = row if isinstance(row, str) else step(row)
+        row = select(row) if isinstance(row, Example) else row
+        if isinstance(row, Example):
+            found = encoder(row, *flags)
+            found = [found] if isinstance(found, Encoded) else found
+            row = Fault(row.where, found) if isinstance(found, str) else row
         if isinstance(row, str):
-            dropped[row] += 1
+            tally.left_out[row] += 1
+        elif isinstance(row, Fault):
+            number, first = tally.faults.get(row.reason, (0, row.where))
+            tally.faults[row.reason] = (number + 1, first)
         else:
-            kept.append(row)
-    return _flat(kept), dropped
+            kept += found
+            if found[0].remark:
+                number, first = tally.remarks.get(found[0].remark, (0, row.where))
+                tally.remarks[found[0].remark] = (number + 1, first)
+    return _flat(kept), tally
 
 
-def _flat(examples: Iterable[data.Encoded]) -> Arrays:
+def _flat(examples: Iterable[Encoded]) -> Arrays:
     found = Arrays(*[[] for _ in Arrays._fields])
     for example in examples:
         blank = [False] * len(example.prompt)
@@ -252,7 +287,7 @@ def _flat(examples: Iterable[data.Encoded]) -> Arrays:
             found.ids.extend(ids)
             found.trained.extend(trained)
         found.scores.extend([0.0, *example.scores])
-        found.labels.extend([False, *(example.labels or data.desirable(example.scores))])
+        found.labels.extend([False, *(example.labels or ranking.desirable(example.scores))])
         found.first.append(len(found.sizes))
         found.weights.append(example.weight)
         found.margins.append(example.margin)
@@ -273,9 +308,10 @@ def _complete(place: Path) -> bool:
         return False
 
 
-def _open(place: Path) -> tuple[Store, dict[str, int]]:
-    arrays = []
+def _open(place: Path) -> tuple[Store, About]:
+    mapped = []
     for name, kind in zip(Arrays._fields, TYPES):
         path = place / name  # an empty file cannot be mapped
-        arrays.append(np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind))
-    return Store(Arrays(*arrays)), json.loads((place / "about.json").read_text(encoding="utf-8"))["dropped"]
+        mapped.append(np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind))
+    about = About(**json.loads((place / "about.json").read_text(encoding="utf-8")))
+    return Store(Arrays(*mapped), about.digest), about

@@ -23,7 +23,9 @@ import torch  # noqa: E402
 
 import attention  # noqa: E402
 import batch  # noqa: E402
+import chat  # noqa: E402
 import data  # noqa: E402
+import encode  # noqa: E402
 import model  # noqa: E402
 import risk  # noqa: E402
 import vocab  # noqa: E402
@@ -74,9 +76,9 @@ def main() -> None:
 
     reference = model.load(args.model, torch.float32, 512)
     tokenizer = model.load_tokenizer(args.model)
-    template = data.chat_template(tokenizer, None)
+    template = chat.chat_template(tokenizer, None)
     examples = data.load(args.data, "test")[0][: args.pairs]
-    pack = batch.pack([data.encode(example, tokenizer, 512, 256, template) for example in examples])
+    pack = batch.pack([encode.encode(example, tokenizer, 512, 256, template) for example in examples])
     reference64 = in_dtype(reference, torch.float64)
     ref_states64 = states(reference64, pack)
 

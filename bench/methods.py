@@ -1,4 +1,4 @@
-"""The README's table of methods, from the signatures and docstrings of losses.py.
+"""The table of docs/methods.md, from the signatures and docstrings of losses.py.
 
 python bench/methods.py
 """
@@ -28,13 +28,16 @@ def row(name: str, loss) -> str:
         kind = (
             "scored lists" if "scores" in needs else "labels" if "desirable" in needs else "labels or scores"
         )
-    reference = any(need.startswith(("ref_", "token_ref_")) for need in needs)
+    reference = any(need in objective.REFERENCE for need in needs)
     found = re.search(r"Source:.*?arXiv:(\d{4}\.\d{5})", inspect.getdoc(loss), re.S)
     source = f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else "see its docstring"
     defaults = {
         p.name: p.default for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY
     }
     settings = ", ".join(f"{key} {value:g}" for key, value in defaults.items()) or "-"
+    published = re.search(r"Published\s+default: (.+?)\.\s", inspect.getdoc(loss), re.S)
+    if published:
+        settings += f" (published: {' '.join(published[1].split())})"
     statistics = ", ".join(f"`{need}`" for need in needs)
     return f"| `{name}` | {kind} | {'yes' if reference else 'no'} | {statistics} | {source} | {settings} |"
 

@@ -28,7 +28,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+import chat  # noqa: E402
 import data  # noqa: E402
+import encode  # noqa: E402
 import model  # noqa: E402
 
 ROWS = {
@@ -73,7 +75,15 @@ def matmul_seconds(config, tokens: int, trained: int) -> dict[str, float]:  # no
     wide = config.num_attention_heads * config.head_dim
     narrow = config.num_key_value_heads * config.head_dim
     size, inner = config.hidden_size, config.intermediate_size
-    block = [(size, wide), (wide, size), (size, narrow), (size, narrow), (size, inner), (size, inner), (inner, size)]
+    block = [
+        (size, wide),
+        (wide, size),
+        (size, narrow),
+        (size, narrow),
+        (size, inner),
+        (size, inner),
+        (inner, size),
+    ]
     forward = backward = 0.0
     for before, after in block:
         x, y = (torch.randn(tokens, width, dtype=torch.bfloat16) for width in (before, after))
@@ -103,7 +113,16 @@ def run_row(args: argparse.Namespace, label: str, steps: int, *wrapper: str) -> 
     with tempfile.TemporaryDirectory() as folder:
         script = wrapper or ["align.py"]
         command = [sys.executable, *script, "--model", args.model, "--data", args.data, *ROWS[label]]
-        command += ["--out", f"{folder}/run", "--steps", str(steps), "--max-length", "512", "--eval-every", "0"]
+        command += [
+            "--out",
+            f"{folder}/run",
+            "--steps",
+            str(steps),
+            "--max-length",
+            "512",
+            "--eval-every",
+            "0",
+        ]
         responses = args.pairs * (1 if "dpo" in label else 2)  # kto and ppo count responses
         command += ["--batch-size", str(responses), "--device", "cpu"]
         command += ["--tokens-per-microbatch", str(args.tokens_per_microbatch)]
@@ -155,7 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", default="examples/hh_train.jsonl")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+    )
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
@@ -173,9 +194,9 @@ def main() -> None:
             found[label] += rows[args.warmup :]
             peaks[label] = max(peaks[label], *[row["mem_gb"] for row in rows])
     tokenizer = model.load_tokenizer(args.model)
-    template = data.chat_template(tokenizer, None)
+    template = chat.chat_template(tokenizer, None)
     examples = data.load(args.data, "train")[0]
-    encoded = [data.encode(example, tokenizer, 512, 256, template) for example in examples]
+    encoded = [encode.encode(example, tokenizer, 512, 256, template) for example in examples]
     trained = sum(example.trained_tokens for example in encoded) / len(encoded) * args.pairs
     base = args.rows[0]
     tokens = statistics.mean(row["tokens"] for row in found[base])
@@ -209,7 +230,9 @@ def main() -> None:
         record["profile"] = json.loads(last)
         whole = sum(record["profile"].values())
         lines += ["", f"| where a step of {base} goes (profiler) | s | share |", "|---|---|---|"]
-        lines += [f"| {kind} | {spent:.2f} | {spent / whole:.0%} |" for kind, spent in record["profile"].items()]
+        lines += [
+            f"| {kind} | {spent:.2f} | {spent / whole:.0%} |" for kind, spent in record["profile"].items()
+        ]
     report(lines, record, args.out)
 
 

@@ -32,7 +32,9 @@ sys.path.insert(0, str(ROOT))
 from step import describe_machine, report  # noqa: E402
 from vs_trl import MAX_LENGTH, add_flags, choose_pairs, run_ours  # noqa: E402
 
+import chat  # noqa: E402
 import data  # noqa: E402
+import encode  # noqa: E402
 import model as models  # noqa: E402
 
 NAIVE_PAIRS = 2
@@ -40,7 +42,7 @@ LEVEL = 0.97
 BETA = 0.1
 
 
-def pad(pairs: list[data.Encoded]) -> tuple[Tensor, Tensor, Tensor]:
+def pad(pairs: list[encode.Encoded]) -> tuple[Tensor, Tensor, Tensor]:
     """ids, attention and answer masks (2B, T): chosen answers first."""
     rows = [(pair.prompt, pair.completions[k]) for k in (0, 1) for pair in pairs]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -54,7 +56,7 @@ def pad(pairs: list[data.Encoded]) -> tuple[Tensor, Tensor, Tensor]:
     return ids, attention, answers
 
 
-def naive_loss(policy: torch.nn.Module, reference: torch.nn.Module, pairs: list[data.Encoded]) -> Tensor:
+def naive_loss(policy: torch.nn.Module, reference: torch.nn.Module, pairs: list[encode.Encoded]) -> Tensor:
     ids, attention, answers = pad(pairs)
     with torch.autocast("cpu", torch.bfloat16):
         logits = policy(ids, attention_mask=attention).logits[:, :-1].float()  # (2B, T, V)
@@ -82,8 +84,11 @@ def naive_loss(policy: torch.nn.Module, reference: torch.nn.Module, pairs: list[
 def naive(args: argparse.Namespace, folder: Path) -> dict:
     """Seconds of each step and the peak memory of this process."""
     tokenizer = models.load_tokenizer(args.model)
-    template = data.chat_template(tokenizer, None)
-    pairs = [data.encode(e, tokenizer, 4096, 2048, template) for e in data.read(folder / "trl.jsonl")]
+    template = chat.chat_template(tokenizer, None)
+    pairs = [
+        encode.encode(e, tokenizer, 4096, 2048, template)
+        for e in data.load(str(folder / "trl.jsonl"), "train")[0]
+    ]
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     policy, reference = (AutoModelForCausalLM.from_pretrained(args.model, **options) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-6, fused=True)

@@ -28,7 +28,9 @@ TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 CHECKPOINTED = {"gradient_checkpointing": True}
 NO_MASTERS = {"bf16": False, "weights": "bfloat16"}
-KEPT = {"environment": {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}}
+KEPT = {
+    "environment": {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
+}
 SETTINGS = {
     "TRL DPO, 8 pairs at once": AUTOCAST,
     "TRL DPO, 8 at once, checkpointing": AUTOCAST | CHECKPOINTED,
@@ -108,14 +110,16 @@ def choose_pairs(model: str, source: str, number: int, folder: Path) -> tuple[Pa
     both answers as packed; prompt and chosen."""
     sys.path.insert(0, str(ROOT))
     import batch
+    import chat
     import data
+    import encode
     import model as models
 
     tokenizer = models.load_tokenizer(model)
-    template = data.chat_template(tokenizer, None)
+    template = chat.chat_template(tokenizer, None)
     kept, pair_tokens, sft_tokens = [], [], []
     for example in data.load(source, "train")[0]:
-        found = data.encode(example, tokenizer, 4096, 2048, template)
+        found = encode.encode(example, tokenizer, 4096, 2048, template)
         longest = len(found.prompt) + max(map(len, found.completions))
         if len(found.prompt) < MAX_LENGTH // 2 and longest < MAX_LENGTH - 8:
             kept.append(dict(zip(("prompt", "chosen", "rejected"), (example.prompt, *example.completions))))

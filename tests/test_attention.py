@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import attention
 import batch
-import data
+import encode
 import model
 import vocab
 
@@ -66,7 +66,7 @@ def make_groups():
         trained = [[index > 0 or prompt > 0 for index in range(length)] for length in lengths]
         trained[0][1:2] = [False]
         scores = [float(-length) for length in lengths]
-        groups.append(data.Encoded(draw(prompt), [draw(length) for length in lengths], trained, scores))
+        groups.append(encode.Encoded(draw(prompt), [draw(length) for length in lengths], trained, scores))
     return groups
 
 

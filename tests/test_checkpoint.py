@@ -15,12 +15,13 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import align
 import batch
 import checkpoint
-import data
+import encode
 import fsdp
 import model
 import vocab
@@ -35,7 +36,7 @@ ARCHITECTURES = {
     "phi": SIZES | {"model_type": "phi", "tie_word_embeddings": False},  # its head has a bias
 }
 ARGS = {"model": "m", "beta": 0.1, "lr": 1e-3}
-PACK = batch.pack([data.Encoded([5, 6, 7], [[8, 9], [10, 11]], [[True] * 2] * 2, [1.0, 0.0])])
+PACK = batch.pack([encode.Encoded([5, 6, 7], [[8, 9], [10, 11]], [[True] * 2] * 2, [1.0, 0.0])])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -233,6 +234,26 @@ def test_newer_format_is_refused(run, fresh, capfd):
 class Payload:
     def __reduce__(self):
         return os.system, ("touch marker",)
+
+
+def test_members_of_enumerations_and_nothing_else_are_got_by_name(tmp_path):
+    """Python before 3.11.4 pickles a member as getattr(enumeration, name). red: getattr itself handed out"""
+
+    class Asked:
+        def __init__(self, *of):
+            self.of = of
+
+        def __reduce__(self):
+            return getattr, self.of
+
+    enumeration = _MEM_FORMAT_ENCODING
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Asked(enumeration, "TORCH_PRESERVE_FORMAT")))
+    with pytest.raises(AttributeError, match="state_dict_metadata"):  # it was read, and is no record
+        checkpoint.SafeReader(str(tmp_path)).read_metadata()
+    for of in ((enumeration, "__class__"), (torch.Size, "__subclasses__")):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(Asked(*of)))
+        with pytest.raises(ValueError, match="refusing to load it"):
+            checkpoint.SafeReader(str(tmp_path)).read_metadata()
 
 
 @pytest.mark.parametrize("content", [Payload(), None, {}], ids=["code", "nothing", "dict"])

@@ -3,6 +3,7 @@
 Most cases call `main` of align.py or sft.py in this process, a few run as a user runs them. The model is
 examples/tiny made smaller still, with random weights. `red:` names one-line changes that turn a test red.
 """
+
 import contextlib
 import fcntl
 import gzip
@@ -119,9 +120,9 @@ FLAGS = {
     "no preference": (["--loss", "sft"], "--loss: invalid choice", "'sft'", "'dpo'"),
     "data": (["--data", "{root}/none.jsonl"], "{root}/none.jsonl: no such file"),
     "eval data": (["--eval-data", "{root}/none.jsonl"], "{root}/none.jsonl: no such file"),
-    "dataset": (["--data", "hhh"], "hhh: neither a dataset (hh, imdb"),
+    "dataset": (["--data", "hhh"], "hhh: neither a dataset (", "hh, "),
     "template": (["--chat-template", "{root}/none.jinja"], "--chat-template {root}/none.jinja"),
-    "short": (["--max-length", "2"], "no example is left at --max-length 2", "6 left out"),
+    "short": (["--max-length", "2"], "no example is left at --max-length 2", "6 cannot be used: "),
     "long": (["--max-length", "4096"], "--max-length 4096 exceeds the 2048 positions of"),
     "prompt": (["--max-length", "40", "--max-prompt-length", "60"], "--max-prompt-length 60"),
     "model": (["--model", "{root}/none"], "{root}/none: no such model directory"),
@@ -151,20 +152,19 @@ ROWS = {
     "not JSON": (b'{"prompt": "a", "chosen": }', "not JSON (Expecting value, column 27)"),
     "not an object": (b"[1]", "not an object"),
     "key": (b'{"prompt": "a", "chosen": "b"}', 'missing "rejected" (keys: chosen, prompt)'),
-    "type": (b'{"prompt": "a", "completion": null}', '"completion" must be a string', "got null"),
+    "type": (b'{"prompt": "a", "completion": 5}', '"completion" must be a string', "got 5"),
     "number": (b'{"prompt": 3, "completion": "b"}', '"prompt" must be a string or a list of turns'),
-    "empty": (b'{"prompt": "a", "chosen": " ", "rejected": "b"}', '"chosen" is empty'),
     "role": (b'{"prompt": [{"role": "usr", "content": "a"}], "completion": "b"}', 'prompt[0].role is "usr"'),
     "content": (b'{"prompt": [{"role": "user", "name": "a"}], "completion": "b"}', "prompt[0]", "content"),
     "Latin-1": (b'{"prompt": "\xe9", "completion": "b"}', "not valid UTF-8 (byte 0xe9 at column 13)"),
-    "half a surrogate": (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "b"}', '"chosen"'),
     "weight": (b'{"prompt": "a", "completion": "b", "weight": 1' + 400 * b"0" + b"}", '"weight"'),
 }
 FILES = {case: ("a.jsonl", PAIR + row + b"\n" + PAIR, ":2: ", *words) for case, (row, *words) in ROWS.items()}
 FILES |= {
     "no row": ("a.jsonl", b"", ": no examples"),
     "blank": ("a.jsonl", b"\n \n\n", ": no examples"),
-    "object": ("a.json", PAIR, ": not a JSON list of rows"),
+    "object": ("a.json", b'{"rows": {"prompt": "q"}}', ":1: missing"),
+    "split": ("a.json", b'{"test": [{"prompt": "q"}]}', ": no split 'train'; it has test"),
     "not gzip": ("a.jsonl.gz", PAIR, ""),
     "cut gzip": ("a.jsonl.gz", gzip.compress(PAIR)[:-12], ""),
 }
@@ -172,11 +172,42 @@ FILES |= {
 
 @pytest.mark.parametrize("case", FILES)
 def test_bad_file_is_refused_by_line(case, root, tmp_path, refused):
-    # red: data._rows counts from 0; data._parse decodes with errors="replace".
+    # red: files.py counts lines from 0, or decodes with errors="replace".
     name, content, where, *words = FILES[case]
     path = tmp_path / name
     path.write_bytes(content)
     refused(align, command(root, tmp_path / "run", "--data", path), tmp_path, f"error: {path}{where}", *words)
+
+
+FAULTS = {  # rows that cannot be used, and why
+    "empty": (b'{"prompt": "a", "chosen": " ", "rejected": "b"}', "an answer is empty"),
+    "null": (b'{"prompt": "a", "chosen": "b", "rejected": null}', '"rejected" is null'),
+    "surrogate": (
+        b'{"prompt": "a", "chosen": "\\ud800", "rejected": "b"}',
+        "an answer has half a surrogate pair",
+    ),
+    "alike": (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "the answers are the same once encoded"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_row_that_cannot_be_used_stops_where_that_is_asked_for(case, root, tmp_path, refused):
+    # red: --strict-data not passed on.
+    row, reason = FAULTS[case]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(PAIR + row + b"\n" + PAIR)
+    argv = command(root, tmp_path / "run", "--data", path, "--strict-data", "true")
+    words = (f"error: {path}:2: {reason}", "1 of 3 rows cannot be used, --strict-data true allows none")
+    for script in (align, sft) if case != "alike" else (align,):
+        refused(script, argv, tmp_path, *words)
+
+
+def test_too_many_rows_that_cannot_be_used_stop(root, tmp_path, refused):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(PAIR * 19 + FAULTS["empty"][0] + b"\n" + FAULTS["null"][0])
+    argv = command(root, tmp_path / "run", "--data", path)
+    words = ("an answer is empty; 2 of 21 rows cannot be used, more than 5 %",)
+    refused(align, argv, tmp_path, f"error: {path}:20: ", *words)
 
 
 @pytest.mark.parametrize("case", ["cut", "missing", "shape", "pickle"])
@@ -198,6 +229,25 @@ def test_directory_of_another_run(finished, tmp_path, refused):
     refused(align, [*argv, "--resume", "auto", "--seed", "1"], out, "with --seed 0, this run has --seed 1")
 
 
+def test_rows_that_changed(root, finished, tmp_path, refused):
+    # red: the digest left out of the record; the file's time in the digest.
+    out, argv = stopped(finished, tmp_path / "run")
+    rows = (root / "pairs.jsonl").read_bytes()
+    more = [*argv, "--resume", "auto", "--steps", "3"]
+    try:
+        for changed in (
+            b"\n".join(rows.split(b"\n")[::-1]),
+            rows.replace(b'"rejected": "', b'"rejected": "x', 1),
+            rows + b"\n" + PAIR,
+        ):
+            (root / "pairs.jsonl").write_bytes(changed)
+            refused(align, more, out, "step-2 was made from other rows than --data has now", "another --out")
+    finally:
+        (root / "pairs.jsonl").write_bytes(rows)
+    os.utime(root / "pairs.jsonl", ns=(1, 1))
+    assert exit_code(align.main, more) is None
+
+
 def test_directory_in_use(root, tmp_path, refused):
     # red: open_run without its flock.
     with open(tmp_path / ".lock", "w") as held:
@@ -212,6 +262,90 @@ def test_finished_run_is_left_alone(finished, capfd):
     assert exit_code(align.main, [*finished[1], "--resume", "auto"]) == 0
     assert tree(finished[0]) == before
     assert capfd.readouterr().err == ""
+
+
+def copied(finished, path):
+    """A copy of a finished run, and its command line, which goes on."""
+    shutil.copytree(finished[0], path)
+    return path, [*finished[1], "--out", str(path), "--resume", "auto"]
+
+
+def test_finished_run_goes_on_for_more_steps(finished, tmp_path):
+    # red: "nothing to do" whatever --steps says; the log begun anew.
+    out, argv = copied(finished, tmp_path / "run")
+    before = (out / "final" / "model.safetensors").read_bytes()
+    assert exit_code(align.main, [*argv, "--steps", "3"]) is None
+    assert [row["step"] for row in read_log(out)] == [0, 1, 2]
+    assert read_log(out)[:2] == read_log(finished[0])
+    assert (out / "final" / "model.safetensors").read_bytes() != before
+    assert json.loads((out / "status.json").read_text())["step"] == 3
+    assert json.loads((out / "args.json").read_text())["steps"] == 3
+    assert exit_code(align.main, [*argv, "--steps", "3"]) == 0
+
+
+FINISHED = {  # further flags, and what the line must say
+    "other loss": (["--alpha", "0.5"], "is finished and was made with --alpha 0.25, this run has 0.5"),
+    "other rate": (["--lr", "0.5"], "was made with --lr 0.001, this run has 0.5", "choose another --out"),
+    "more, and another seed": (["--steps", "9", "--seed", "1"], "was made with --seed 0, this run has 1"),
+    "other data": (["--data", "{root}/none.jsonl"], "was made with --data ['{root}/pairs.jsonl']"),
+    "fewer": (["--steps", "1"], "--steps 1: ", "has gone to step 2"),
+}
+
+
+@pytest.mark.parametrize("case", FINISHED)
+def test_finished_run_of_other_flags(case, root, finished, tmp_path, refused):
+    # red: check_run without the look at args.json.
+    out, argv = copied(finished, tmp_path / "run")
+    extra, *words = FINISHED[case]
+    argv += [part.format(root=root) for part in extra]
+    refused(align, argv, out, *(word.format(root=root) for word in words))
+
+
+def test_finished_run_without_a_checkpoint(finished, tmp_path, refused):
+    out, argv = copied(finished, tmp_path / "run")
+    for step in out.glob("step-*"):
+        shutil.rmtree(step)
+    refused(align, [*argv, "--steps", "3"], out, "is finished: --steps 3 needs a checkpoint to go on from")
+
+
+def test_finished_run_of_flags_that_do_not_train(finished, tmp_path, capfd):
+    # red: every flag compared.
+    out, argv = copied(finished, tmp_path / "run")
+    before = tree(out)
+    for extra in (
+        ["--log-every", "5"],
+        ["--eval-every", "7"],
+        ["--save-every", "2"],
+        ["--strict-data", "true"],
+    ):
+        assert exit_code(align.main, [*argv, *extra]) == 0
+    assert tree(out) == before and capfd.readouterr().out.count("nothing to do") == 4
+
+
+def test_several_sources(root, tmp_path, capfd):
+    # red: the first source alone; a weight taken for a part of the name.
+    rows = (root / "pairs.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows[:3]))
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join(rows[2:]))
+    argv = command(root, tmp_path / "run", "--steps", "2", "--batch-size", "5", "--save-every", "1")
+    argv += ["--data", f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl:0.5", "--eval-data", f"{tmp_path}/b.jsonl"]
+    assert exit_code(align.main, argv) is None
+    out = capfd.readouterr().out
+    assert "start at step 0 of 2: dpo, 5 pairs" in out  # 3 and half of 4
+    told = [
+        out.index(f"{tmp_path}/{name}.jsonl: {n} rows read, {n} examples") for name, n in (("a", 3), ("b", 4))
+    ]
+    assert told == sorted(told)
+    done = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [(row["split"], row["pairs"]) for row in done] == [
+        ("eval", 4),
+        ("train", 5),
+        ("train", 5),
+        ("eval", 4),
+    ]
+    args = align.parse_args([str(tmp_path / "run" / "args.json")])
+    assert args == align.parse_args(argv) and args.data[1] == f"{tmp_path}/b.jsonl:0.5"
+    assert exit_code(align.main, [*argv, "--resume", "auto"]) == 0
 
 
 def test_no_chat_template_means_plain(root, tmp_path, capfd):
@@ -255,6 +389,12 @@ CONFIGS = {
     "comment above": ("a.toml", b"# betaa of the paper\n\nbetaa = 1\n", "a.toml:3: unknown key"),
     "list": ("a.toml", b"seed = 1\nlr = [1]\n", 'a.toml:2: "lr" must be a string, a number or a', "got [1]"),
     "null": ("a.json", b'{"lr": null}', 'a.json:1: "lr" must be', "got null"),
+    "no source": ("a.toml", b"data = []\n", 'a.toml:1: "data" must be a string or a list of strings, got []'),
+    "source in a list": (
+        "a.toml",
+        b'data = [["a"]]\n',
+        'a.toml:1: "data" must be a string or a list of strings',
+    ),
     "word": ("a.toml", b'batch_size = "many"\n', "--batch-size: must be a whole number, got 'many'"),
     "boolean": ("a.toml", b"steps = true\n", "--steps: must be a whole number, got 'true'"),
     "infinite": ("a.toml", b"lr = inf\n", "--lr: must be a finite number, got inf"),
@@ -272,6 +412,22 @@ def test_bad_config_is_refused(case, tmp_path, refused):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     refused(align, [str(tmp_path / name), *REQUIRED], tmp_path, *words)
+
+
+def test_lists_of_sources(tmp_path):
+    # red: str(list); a list for a flag that takes one value; the command line's sources added to the file's.
+    lists = {"data": ["a", "hh=b c:0.5"], "eval_data": ["d"], "out": "o", "model": "m"}
+    (tmp_path / "a.toml").write_text(
+        "\n".join(f"{key} = {json.dumps(value)}" for key, value in lists.items())
+    )
+    (tmp_path / "a.json").write_text(json.dumps(lists))
+    flags = ["--data", "a", "hh=b c:0.5", "--eval-data", "d", "--out", "o", "--model", "m"]
+    for script in (align, sft):
+        for name in ("a.toml", "a.json"):
+            assert script.parse_args([str(tmp_path / name)]) == script.parse_args(flags)
+            assert script.parse_args([str(tmp_path / name), "--data", "x"]).data == ["x"]
+    (tmp_path / "a.toml").write_text('data = "a"\n')
+    assert align.parse_args([str(tmp_path / "a.toml"), "--out", "o", "--model", "m"]).data == ["a"]
 
 
 @pytest.mark.parametrize("script", [align, sft], ids=["align", "sft"])

@@ -1,98 +1,46 @@
-"""Readers, encode, pack and plan against oracles written from what they promise: loops over characters, ids.
+"""Sources: files, folders, named datasets, what stands after a colon, against rows written by hand.
 
-The tokenizer of examples/tiny is byte-level and writes ChatML. `red:` names a change that turns a test red.
+`red:` names a change of data.py that turns a test red. What is in a file: test_files.py; in a row:
+test_formats.py.
 """
-import collections
+
 import gzip
 import json
-import random
+import os
 
 import datasets as hub
+import pyarrow
+import pyarrow.parquet
 import pytest
-import torch
-from conftest import ROOT
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
-import batch
 import data
+from formats import Example, Fault
 
 
-@pytest.fixture
-def tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny")
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def turns(*contents, system=None):
-    opening = [{"role": "system", "content": system}] if system else []
+def turns(*contents):
     roles = ["user", "assistant"] * len(contents)
-    return opening + [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
 
 
-def example(prompt, *completions):
-    return data.Example(prompt, list(completions), [float(-i) for i in range(len(completions))], where="f:7")
-
-
-def write(path, rows):
-    rows = [row if isinstance(row, dict) else {"chosen": row[0], "rejected": row[1]} for row in rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write(path, *rows):
+    """A file of rows; of strings, each a row of plain text; of pairs, rows of HH."""
+    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
+    rows = [dict(zip(("chosen", "rejected"), row)) if isinstance(row, tuple) else row for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-USER = turns("q")
-ANSWER = [{"role": "assistant", "content": "a"}]
-CHAT = turns("q", "a", "r", "b", system="s")
-PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
-RANKED = {"prompt": "q", "completions": ["a", "b", ANSWER], "scores": [1, -2.5, 3]}
-FORMS = [
-    (PAIR, (USER, ["a", "b"], [1.0, 0.0])),
-    ({"prompt": USER, "chosen": ANSWER, "rejected": "b", "weight": 2}, (USER, ["a", "b"], [1.0, 0.0], 2.0)),
-    ({"prompt": "", "chosen": "a", "rejected": "b", "margin": 0.5}, ([], ["a", "b"], [1.0, 0.0], 1.0, 0.5)),
-    (RANKED, (USER, ["a", "b", "a"], [1.0, -2.5, 3.0])),
-    ({"prompt": CHAT[:4], "completion": " b\n"}, (CHAT[:4], [" b\n"], [1.0])),
-    ({"prompt": "q", "completion": "b", "label": False}, (USER, ["b"], [0.0])),
-    ({"prompt": "q", "completion": "b", "label": True}, (USER, ["b"], [1.0])),
-    ({"messages": CHAT}, (CHAT[:2], [CHAT[2:]], [1.0])),
-    ({"text": "  two\n\u2028lines 🙂 "}, ([], ["  two\n\u2028lines 🙂 "], [1.0])),
-]
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
-def test_every_form_in_every_container(tmp_path, name):
-    # red: str.splitlines() on the file; a blank line that is not counted
-    rows = [json.dumps(row, ensure_ascii=False) for row, _ in FORMS]
-    lines = ".jsonl" in name
-    raw = ("\r\n\r\n".join(rows) if lines else f"[{','.join(rows)}]").encode("utf-8")
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    places = [f"{path}:{2 * i + 1}" if lines else f"{path}[{i}]" for i in range(len(FORMS))]
-    expected = [data.Example(*fields)._replace(where=place) for (_, fields), place in zip(FORMS, places)]
-    bare = [not {"label", "chosen", "scores"} & set(row) for row, _ in FORMS]  # no word on what is good
-    expected = [example._replace(labelled=not plain) for example, plain in zip(expected, bare)]
-    assert data.load(str(path), "train") == (expected, {})
-
-
-def row(base=PAIR, **change):
-    return json.dumps(base | change).encode()
-
-
-MISTAKES = {  # what the message must hold: rows
-    "not ": [b"{'prompt': 'q'}", b"{", row().replace(b"q", b"\xff"), b"[1]", b'"q"'],  # JSON, UTF-8, object
-    '"prompt': [b'{"chosen": "a", "rejected": "b"}', row(prompt=1), row(prompt=None)],
-    '"chosen': [row(chosen=value) for value in (1, "", USER, turns("q", "a"), "\ud83d")],
-    '"rejected': [b'{"prompt": "q", "chosen": "a"}', row(rejected=" \n")],
-    '"text': [b'{"text": ["a"]}', b'{"text": ""}'],
-    "prompt[0]": [row(prompt=[turn]) for turn in ("q", {"role": "user"}, {"role": "user", "text": "q"})],
-    "prompt[0].": [row(prompt=[{"role": "bot", "content": "q"}]), row(prompt=turns(""))],
-    "assistant": [row({}, messages=USER)],
-    '"weight': [row(weight=value) for value in (float("nan"), float("inf"), -1, "1", True, None, 10**400)],
-    '"margin': [row(margin=float("nan"))],
-    "scores": [row(RANKED, scores=value) for value in ([1, 2], [], [1, 2, float("nan")], ["1", 2, 3], 1)],
-    "completions": [row(RANKED, completions=value) for value in (["a", "", "b"], ["a", "b", 1], "abc", [])],
-}
-FILES = {"none.jsonl": None, "a.txt": row(), "blank.jsonl": b"\n \n", "empty.json": b"[]", "one.json": row()}
-FILES |= {"plain.jsonl.gz": row(), "cut.jsonl.gz": gzip.compress(row() * 50)[:-9], "hh=no/directory": None}
-FILES |= {"hh=other.jsonl": b'{"question": "q"}', "imdb=other.jsonl": b'{"question": "q"}'}
+def texts(source, split="train"):
+    return [example.completions[0] for example in data.load(str(source), split)[0]]
 
 
 def refused(source, *words, split="train"):
@@ -100,23 +48,214 @@ def refused(source, *words, split="train"):
     with pytest.raises(ValueError) as caught:
         data.load(str(source), split)
     message = str(caught.value)
-    assert message.startswith(words[0]) and "\n" not in message and all(word in message for word in words)
+    assert message.startswith(words[0]) and "\n" not in message, message
+    assert [word for word in words if word not in message] == [], message
 
 
-@pytest.mark.parametrize(("word", "content"), [(word, bad) for word in MISTAKES for bad in MISTAKES[word]])
-def test_a_mistake_is_named_with_its_line(tmp_path, word, content):
-    # red: any check of _example, _turns, _string or _number left out; `number = 1` before the loop
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(row() + b"\n\n" + content + b"\n" + row())
-    refused(path, f"{path}:3: ", word)
+# Files.
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
-    dataset, _, file = name.rpartition("=")
-    if FILES[name] is not None:
-        (tmp_path / file).write_bytes(FILES[name])
-    refused(f"{dataset}={tmp_path}/{file}" if dataset else tmp_path / file, f"{tmp_path}/{file}")
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+ROWS = [PAIR, {"prompt": "q", "completion": "b", "label": False}, {"text": "t"}, PAIR | {"chosen": " "}]
+READ = [Example(turns("q"), ["a", "b"], [1.0, 0.0]), Example(turns("q"), ["b"], [0.0])]
+READ += [Example([], ["t"], [1.0], labelled=False)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
+def test_rows_of_a_file_with_their_places(tmp_path, name):
+    # red: a blank line that is not counted; rows that are no examples lost; `where` left out
+    rows = [json.dumps(row) for row in ROWS]
+    lines = ".jsonl" in name
+    raw = ("\r\n\r\n".join(rows) if lines else f"[{','.join(rows)}]").encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    places = [f"{path}:{2 * i + 1}" if lines else f"{path}[{i}]" for i in range(len(ROWS))]
+    found = list(data.stream(str(path), "train"))
+    expected = [example._replace(where=place) for example, place in zip(READ, places)]
+    assert found == [*expected, Fault(places[3], "an answer is empty")]
+    assert data.load(str(path), "train") == (expected, {"an answer is empty": 1})
+
+
+def test_keys_that_are_not_read_are_gathered(tmp_path):
+    # red: those of the last row alone; nulls among them; keys of rows that cannot be used
+    rows = [
+        PAIR | {"id": 1},
+        {"text": "t", "source": "x", "id": None},
+        PAIR,
+        PAIR | {"chosen": None, "no": 1},
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+    unread = set()
+    list(data.stream(str(path), "train", unread))
+    assert unread == {"id", "source"}
+
+
+CANNOT = {  # a source, what is written there, what is said
+    "none.jsonl": (None, "no such file or directory"),
+    "./none/at/all": (None, "./none/at/all: no such file or directory"),
+    "{}/none": (None, "{}/none: no such file or directory"),
+    "hh={}/none": (None, "{}/none: no such file or directory"),
+    "a.txt": (b"x", "not one of .jsonl"),
+    "blank.jsonl": (b"\n \n", "blank.jsonl: no examples"),
+    "empty.jsonl": (b"", "empty.jsonl: no examples"),
+    "empty.json": (b"[]", "empty.json: no examples"),
+    "empty.csv": (b"", "empty.csv: no examples"),
+    "header.csv": (b"prompt,chosen\n", "header.csv: no examples"),
+    "list.json": (b"[[]]", "list.json[0]: not an object"),
+    "plain.jsonl.gz": (b'{"text": "t"}', "Not a gzipped file"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "t"}' * 50)[:-9], "ended before"),
+    "wrong.jsonl": (b'{"text": "t"}\n{"text": 5}\n', 'wrong.jsonl:2: "text" must be a string'),
+    "hh=other.jsonl": (b'{"question": "q"}', "other.jsonl:1: not a row of the published dataset"),
+    "hh=null.jsonl": (b'{"chosen": null, "rejected": "q"}', "null.jsonl:1: not a row of the published"),
+    "imdb=other.jsonl": (b'{"question": "q"}', "other.jsonl:1: not a row of the published dataset"),
+    "imdb=number.jsonl": (b'{"text": 5}', "number.jsonl:1: not a row of the published dataset"),
+    "hhh": (None, "; NAME=DIR reads local files) nor a file, a folder or org/name of the hub"),
+    "": (None, "neither a dataset"),
+    "org/name/more": (None, "org/name/more: neither"),
+    "org/name": (None, "org/name: "),
+    "a.jsonl:b:c:d": (None, "at most a configuration and a split"),
+}
+
+
+@pytest.mark.parametrize("source", CANNOT)
+def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch, source):
+    # red: an error of the system or of a library; an empty --data that reads the working directory
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "here" / "train.jsonl", "not asked for")
+    content, message = CANNOT[source]
+    if content is not None:
+        (tmp_path / source.rpartition("=")[2]).write_bytes(content)
+    refused(source.format(tmp_path), "", message.format(tmp_path))
+
+
+# Folders.
+
+
+def test_shards_in_the_order_of_their_names(tmp_path):
+    # red: the order of the file system; the first file alone; files of other kinds, hidden ones
+    write(tmp_path / "train-00001-of-00003.parquet", "c", "d")
+    write(tmp_path / "train-00000-of-00003.parquet", "a", "b")
+    write(tmp_path / "train-00002-of-00003.parquet", "e")
+    write(tmp_path / "test-00000-of-00001.parquet", "t")
+    write(tmp_path / ".train-00000.jsonl", "hidden")
+    write(tmp_path / ".cache" / "train.jsonl", "hidden")
+    write(tmp_path / "dataset_info.json", {"splits": []})
+    (tmp_path / "notes.txt").write_text("x")
+    assert texts(tmp_path) == list("abcde")
+    assert texts(tmp_path, "test") == texts(f"{tmp_path}:test") == ["t"]
+    first = next(data.stream(str(tmp_path), "train"))
+    assert first.where == f"{tmp_path}/train-00000-of-00003.parquet[0]"
+
+
+def test_folders_of_splits(tmp_path):
+    # red: the name of the file alone looked at
+    write(tmp_path / "train" / "0001.jsonl", "b")
+    write(tmp_path / "train" / "0000.jsonl", "a")
+    write(tmp_path / "validation" / "part.jsonl.gz").write_bytes(gzip.compress(b'{"text": "v"}'))
+    assert (texts(tmp_path), texts(tmp_path, "test")) == (["a", "b"], ["v"])
+    assert texts(f"{tmp_path}:validation") == ["v"]
+
+
+def test_files_without_a_split_in_their_names_are_for_training(tmp_path):
+    write(tmp_path / "part2.jsonl", "b")
+    write(tmp_path / "part1.csv").write_text("text\na\n")
+    assert texts(tmp_path) == ["a", "b"]
+    refused(tmp_path, f"{tmp_path}: no split 'test'; it has train", split="test")
+
+
+def test_the_names_of_the_hub(tmp_path):
+    # red: train_prefs taken for train; a split that is not there read as another
+    for name, said in (("train_prefs", "p"), ("train_sft", "s"), ("test_prefs", "t")):
+        write(tmp_path / "data" / f"{name}-00000-of-00002.parquet", said)
+        write(tmp_path / "data" / f"{name}-00001-of-00002.parquet", said.upper())
+    assert texts(f"{tmp_path}:train_prefs") == ["p", "P"]
+    assert texts(f"{tmp_path}:test_prefs", "test") == ["t", "T"]
+    splits = "it has test_prefs, train_prefs, train_sft: add one after a colon"
+    refused(tmp_path, f"{tmp_path}: no split 'train'; {splits}")
+    refused(f"{tmp_path}:prefs", f"{tmp_path}: no split 'prefs'; {splits}")
+    refused(f"{tmp_path}:default:train_sft", f"{tmp_path}: only a split may follow it, not default:train_sft")
+
+
+def test_test_before_validation(tmp_path):
+    # red: both mixed; the first in the alphabet
+    for name in ("train", "dev", "test", "validation"):
+        write(tmp_path / f"{name}.jsonl", name)
+    assert texts(tmp_path, "test") == ["test"]
+    (tmp_path / "test.jsonl").unlink()
+    assert texts(tmp_path, "test") == ["validation"]
+    assert texts(f"{tmp_path}:dev", "test") == ["dev"]
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    refused(tmp_path, f"{tmp_path}: no .jsonl, .ndjson, .json, .csv, .tsv, .parquet file in it")
+
+
+CARD = """---
+configs:
+- config_name: easy
+  data_files:
+  - split: train
+    path: easy/a.jsonl
+- config_name: hard
+  data_files:
+  - split: train
+    path: hard/b.jsonl
+  - split: test
+    path: hard/c.jsonl
+---
+# A card
+"""
+
+
+def test_a_readme_with_configurations(tmp_path):
+    # red: the README not read: every file is for training
+    for name in ("easy/a", "hard/b", "hard/c"):
+        write(tmp_path / f"{name}.jsonl", name)
+    (tmp_path / "README.md").write_text(CARD)
+    assert texts(f"{tmp_path}:easy") == ["easy/a"]
+    assert texts(f"{tmp_path}:hard", "test") == texts(f"{tmp_path}:hard:test") == ["hard/c"]
+    refused(tmp_path, f"{tmp_path}: several configurations; add one of easy, hard after a colon")
+    refused(f"{tmp_path}:easy", f"{tmp_path}: no split 'test'; it has train", split="test")
+    refused(f"{tmp_path}:none:train", f"{tmp_path}: no configuration 'none'; it has easy, hard")
+    (tmp_path / "README.md").write_text("# A card\n")
+    assert texts(tmp_path) == ["easy/a", "hard/b", "hard/c"]
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    # red: the .arrow files not seen; the first split
+    rows = [{"text": "a", "unset": None}, {"text": "b", "unset": None}]
+    hub.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    assert texts(tmp_path / "one") == ["a", "b"]
+    assert next(data.stream(str(tmp_path / "one"), "train")).where == f"{tmp_path}/one[0]"
+    refused(f"{tmp_path}/one:test", f"{tmp_path}/one: no split 'test'")
+    splits = {"train": hub.Dataset.from_list(rows), "validation": hub.Dataset.from_list(rows[:1])}
+    hub.DatasetDict(splits).save_to_disk(tmp_path / "several")
+    assert texts(tmp_path / "several") == ["a", "b"]
+    assert texts(tmp_path / "several", "test") == texts(f"{tmp_path}/several:validation") == ["a"]
+    refused(f"{tmp_path}/several:test", f"{tmp_path}/several: no split 'test'; it has train, validation")
+
+
+def test_a_file_with_splits(tmp_path):
+    # red: what stands after the colon ignored
+    rows = {"train": [{"text": "a"}], "test": [{"text": "t"}], "validation": [{"text": "v"}]}
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert texts(tmp_path / "a.json") == ["a"]
+    for name, text in (("test", "t"), ("validation", "v"), ("train", "a")):
+        assert texts(f"{tmp_path}/a.json:{name}") == [text]
+    refused(f"{tmp_path}/a.json:train:test", f"{tmp_path}/a.json: only a split may follow it")
+
+
+def test_a_colon_in_a_name(tmp_path):
+    # red: a path split at its colons although it exists
+    assert texts(write(tmp_path / "a:b" / "x:1.jsonl", "t")) == texts(tmp_path / "a:b") == ["t"]
+    assert texts(write(tmp_path / "data:2" / "a.jsonl", "u").parent) == ["u"]
+    assert data.weighted(f"{tmp_path}/data:2") == (f"{tmp_path}/data:2", 1.0)
+    assert data.weighted(f"{tmp_path}/data:2:2") == (f"{tmp_path}/data:2", 2.0)
+    assert data.weighted(f"{tmp_path}/a:b/x:1.jsonl:2") == (f"{tmp_path}/a:b/x:1.jsonl", 2.0)
+
+
+# Named datasets.
 
 
 ASKED = "\n\nHuman: p\n\nAssistant: "
@@ -128,228 +267,89 @@ DIRT = {
     "empty": [(ASKED + " ", ASKED + "b"), (ASKED + "a", ASKED)],
     "": [(LONG.replace("o", "") + "a", LONG.replace("o", "") + "b")],  # an empty turn in the prompt
     "Human": [(ASKED + "a\n\nHuman: o", ASKED + "b\n\nHuman: o")],  # ends with a turn of the human
+    "surrogate": [(ASKED + "a\ud83d", ASKED + "b"), (ASKED.replace("p", "\udc00") + "a",) * 2],
 }
 CLEAN = [(ASKED + "a\n\nmore", ASKED + " b"), (LONG + "f():\n    x", LONG + "b")]
 PAIRS = [(turns("p"), ["a\n\nmore", "b"]), (turns("p", "o", "n"), ["f():\n    x", "b"])]
-READ = [data.Example(prompt, answers, [1.0, 0.0]) for prompt, answers in PAIRS]
+READ_PAIRS = [Example(prompt, answers, [1.0, 0.0]) for prompt, answers in PAIRS]
 
 
 @pytest.mark.parametrize("kind", DIRT)
-def test_hh_counts_each_kind_of_dirt(tmp_path, tmp_path_factory, monkeypatch, kind):
+def test_hh_counts_each_kind_of_dirt(tmp_path, kind):
     # red: roles by parity; the rejected dialogue's prompt ignored; rows dropped in silence; split="train"
-    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    path = write(tmp_path / "train.jsonl", CLEAN[:1] + DIRT[kind])
-    write(tmp_path / "test.jsonl", CLEAN[1:])
+    path = write(tmp_path / "train.jsonl", CLEAN[0], *DIRT[kind])
+    write(tmp_path / "test.jsonl", CLEAN[1])
     for source, split in ((path, "train"), (tmp_path, "train"), (tmp_path, "test")):
         examples, dropped = data.load(f"hh={source}", split)
-        assert [found._replace(where="") for found in examples] == [READ[split == "test"]]
+        assert [found._replace(where="") for found in examples] == [READ_PAIRS[split == "test"]]
+        assert examples[0].where == f"{tmp_path}/{split}.jsonl:1"
         assert all(kind in reason for reason in dropped)
         assert dropped.total() == len(DIRT[kind]) * (split == "train")
-    refused(f"hh={tmp_path}", str(tmp_path), "validation", split="validation")
+    refused(f"hh={tmp_path}", str(tmp_path), "no split 'other'", split="other")
 
 
 def test_imdb_from_a_file(tmp_path):
     # red: characters for texts; <br /> kept
-    path = write(tmp_path / "a.jsonl", [{"text": "A.<br /><br />B. ", "label": 1}, {"text": " ", "label": 0}])
+    path = write(tmp_path / "a.jsonl", {"text": "A.<br /><br />B. ", "label": 1}, {"text": " ", "label": 0})
     examples, dropped = data.load(f"imdb={path}", "train")
     assert [found[:3] for found in examples] == [([], ["A.\n\nB."], [1.0])] and dropped.total() == 1
 
 
-TALK = turns("one two three", "four", "five six seven", system="Be brief.")
-OPENING = "<|im_start|>assistant\n"
-TEXTS = ["yes", "def f():\n    return  1", "  two\t", "\nline\n", "naïve 日本語 🙂 e\u0301", ">"]
-DIALOGUES = {"user": TALK, "newline": TALK + turns("\n\n" + "n m o p q " * 9)}
-DIALOGUES["tool"] = [*TALK, {"role": "tool", "content": "t u v w x y z " * 9}]
+def test_a_dataset_is_a_function_with_its_annotation(monkeypatch):
+    # red: names kept in a list beside
+    def mine(split: str, source: str = "here") -> data.Rows:
+        yield Example([], [f"{split} of {source}"], [1.0])
+        yield "not wanted"
+
+    before = data.datasets()
+    assert {"hh", "imdb"} <= set(before) and not {"published", "rows", "stream", "_hh"} & set(before)
+    monkeypatch.setattr(data, "mine", mine, raising=False)
+    assert data.datasets() == sorted([*before, "mine"])
+    assert texts("mine") == ["train of here"] and texts("mine=there", "test") == ["test of there"]
+    assert data.load("mine", "train")[1] == {"not wanted": 1}
 
 
-def chatml(dialogue):
-    return "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in dialogue)
+# What stands after a source.
 
 
-SPOKEN = "\n\nSystem: Be brief.\n\nHuman: one two three\n\nAssistant: four<|im_end|>\n\nHuman: five six seven"
-TRIM = "{% for m in messages %}{{ m.role + ':' + m.content | trim + '\n' }}{% endfor %}"
-TRIM += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-PROMPTS = {
-    ("the tokenizer's own", None): chatml(TALK) + OPENING,
-    ("plain", data.PLAIN): SPOKEN + "\n\nAssistant:",
-    ("raw", data.RAW): "Be brief.one two threefourfive six seven",
-    ("trim", TRIM): "system:Be brief.\nuser:one two three\nassistant:four\nuser:five six seven\nassistant:",
-}
-OWN, PLAIN, RAW, TRIMMING = PROMPTS
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("hh:0.5", ("hh", 0.5)),
+        ("rows.jsonl:2", ("rows.jsonl", 2.0)),
+        ("org/name:config:train:.25", ("org/name:config:train", 0.25)),
+        ("hh=place:1.", ("hh=place", 1.0)),
+        ("rows.jsonl", ("rows.jsonl", 1.0)),
+        ("org/name:train", ("org/name:train", 1.0)),
+        ("hh:100", ("hh", 100.0)),
+    ],
+)
+def test_weights(source, found):
+    assert data.weighted(source) == found
 
 
-@pytest.mark.parametrize("content", TEXTS)
-@pytest.mark.parametrize("template", PROMPTS, ids=["own", "plain", "raw", "trim"])
-def test_every_character_survives_and_one_end_is_appended(tokenizer, template, content):
-    # red: closed.strip(); runs of blanks made one; prompt and answer tokenised in one piece; eos left out
-    encoded = data.encode(example(TALK, content, "b"), tokenizer, 500, 400, template)
-    answer = " " * (template == PLAIN) + (content.strip() if template == TRIMMING else content) + "<|im_end|>"
-    assert encoded.prompt == tokenizer.encode(PROMPTS[template])
-    assert encoded.completions[0] == tokenizer.encode(answer) and all(map(all, encoded.trained))
+@pytest.mark.parametrize("source", ["hh:0", "hh:0.0", "hh:100.5", "rows.jsonl:1000"])
+def test_weights_out_of_range(source):
+    with pytest.raises(ValueError, match=f"^--data {source}: a weight must be > 0 and <= 100$"):
+        data.weighted(source)
 
 
-def test_the_end_of_turn_is_trained_exactly_when_nothing_was_cut(tokenizer):
-    # red: an end after the cut; a budget that forgets the end; a prompt cut to fit; an Example changed
-    pair = example(TALK, "a b c d e " * 9, "f g h i j k l m " * 5)
-    before = repr(pair)
-    whole = data.encode(pair, tokenizer, 500, 400, OWN)
-    prompt = len(whole.prompt)
-    for max_length in reversed(range(1, prompt + 50)):
-        encoded = data.encode(pair, tokenizer, max_length, 400, OWN)
-        assert (encoded, before) == (data.encode(pair, tokenizer, max_length, 400, OWN), repr(pair))
-        if max_length <= prompt:
-            assert isinstance(encoded, str), max_length
-            continue
-        assert encoded.prompt == whole.prompt
-        for found, full, trained in zip(encoded.completions, whole.completions, encoded.trained):
-            assert found == full[: max_length - prompt] and trained == [True] * len(found)
-            assert (found[-1] == tokenizer.eos_token_id) == (prompt + len(full) <= max_length)
+def test_what_is_held_out():
+    # red: a weighted share of a test split, which would change with --seed
+    assert data.held_out(["hh:0.5", "rows.jsonl", "imdb=place:2"], None) == ["hh", "imdb=place"]
+    assert data.held_out(["hh"], ["a.jsonl:0.5", "b"]) == ["a.jsonl:0.5", "b"]
+    assert data.held_out(["rows.jsonl"], None) == []
 
 
-@pytest.mark.parametrize("name", DIALOGUES)
-def test_truncation_keeps_the_end_of_a_dialogue_in_whole_turns(tokenizer, name):
-    """For every limit the prompt is well-formed: the system turn, and as many of the last turns as fit."""
-    # red: the oldest turns kept; the system turn dropped; a header cut
-    dialogue = DIALOGUES[name]
-    first = f"{chatml(dialogue[:1])}<|im_start|>{dialogue[-1]['role']}\n"
-    last = f"<|im_end|>\n{OPENING}"
-    frame = len(tokenizer.encode(first + last))
-    starts = [start for start, turn in enumerate(dialogue) if turn["role"] == "user" or turn is dialogue[-1]]
-    shorter = [chatml(dialogue[:1] + dialogue[start:]) + OPENING for start in starts]
-    for limit in reversed(range(1, 120)):
-        encoded = data.encode(example(dialogue, "b", "c"), tokenizer, 500, limit, OWN)
-        if limit <= frame:
-            assert isinstance(encoded, str) or limit == frame, limit
-            continue
-        text = tokenizer.decode(encoded.prompt)
-        whole = [kept for kept in shorter if len(tokenizer.encode(kept)) <= limit]
-        middle = text.removeprefix(first).removesuffix(last)
-        assert text == (whole[0] if whole else first + middle + last), limit
-        assert whole or len(encoded.prompt) == limit and dialogue[-1]["content"].endswith(middle), limit
-
-
-@pytest.mark.parametrize("first", [0, 1, 2], ids=["system first", "user first", "assistant first"])
-def test_exactly_the_assistant_turns_of_a_conversation_are_trained(tokenizer, tmp_path, first):
-    # red: headers trained; the end untrained; only the last turn trained; the turn after the last answer kept
-    talk = turns("one", "a", "two  ", " three\n    x ", "more", system="s")[first:]
-    wanted = []
-    for turn in talk[:-1]:
-        role, said = turn["role"], turn["content"] + "<|im_end|>"
-        parts = ((f"<|im_start|>{role}\n", False), (said, role == "assistant"), ("\n", False))
-        wanted += [(character, trained) for part, trained in parts for character in part]
-    path = write(tmp_path / "a.jsonl", [{"messages": talk}])
-    encoded = data.encode(next(data.read(path)), tokenizer, 500, 400, OWN)
-    marks = [(token, False) for token in encoded.prompt] + [*zip(encoded.completions[0], encoded.trained[0])]
-    assert [(c, trained) for token, trained in marks for c in tokenizer.decode([token])] == wanted[:-1]
-
-
-@pytest.mark.parametrize("kind", ["none", "named", "added"])
-def test_the_beginning_of_a_text(tokenizer, kind):
-    # red: a first token trained without a BOS; BOS twice; BOS lost in truncation
-    tokenizer.bos_token = None if kind == "none" else "<|endoftext|>"  # id 0
-    answers = [tokenizer.encode(text + "<|im_end|>") for text in ("better", "worse")]
-    if kind == "added":
-        start = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-        tokenizer.backend_tokenizer.post_processor = start
-    encoded = data.encode(example([], "better", "worse"), tokenizer, 99, 50, OWN)
-    assert (encoded.prompt, encoded.completions) == ([0] * (kind != "none"), answers)
-    assert all(mark == [kind != "none"] + [True] * (len(mark) - 1) for mark in encoded.trained)
-    for template, limit in ((OWN, 400), (PLAIN, 400), (PLAIN, 30)):  # a chat template writes its own
-        given = template if template == OWN else data.chat_template(tokenizer, "plain")
-        prompt = data.encode(example(TALK, "a"), tokenizer, 500, limit, given).prompt
-        assert (prompt[0] == 0, 0 in prompt[1:]) == (kind == "added" and template == PLAIN, False)
-    tokenizer.chat_template = "{{ bos_token or '' }}" + tokenizer.chat_template
-    for talk in (USER, []):
-        encoded = data.encode(example(talk, ANSWER), tokenizer, 99, 50, OWN)
-        assert (encoded.prompt + encoded.completions[0]).count(0) == (kind != "none")
-
-
-def test_the_choice_of_a_template(tokenizer, tmp_path):
-    # red: startswith() not checked
-    forget = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}{{ messages[-1].role }}"
-    (tmp_path / "forget.jinja").write_text(forget)
-    named = data.chat_template(tokenizer, str(tmp_path / "forget.jinja"))
-    with pytest.raises(ValueError, match=r"^f:7: [^\n]*forget.jinja[^\n]*prefix[^\n]*$"):
-        data.encode(example(CHAT[:2], CHAT[2:]), tokenizer, 99, 50, named)
-    with pytest.raises(ValueError, match="nowhere.jinja"):
-        data.chat_template(tokenizer, "nowhere.jinja")
-    assert (data.chat_template(tokenizer, None)[1], data.chat_template(tokenizer, "raw")) == (None, RAW)
-    tokenizer.chat_template = tokenizer.eos_token = None
-    assert data.chat_template(tokenizer, None) == PLAIN
-    with pytest.raises(ValueError, match="eos"):
-        data.encode(example(USER, "a"), tokenizer, 99, 50, PLAIN)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_pack_is_what_a_loop_says(seed):
-    # red: `begin + index - 1` for a first token; positions or responses that run on; worst and best swapped
-    rng = random.Random(seed)
-    groups = []
-    for size in [rng.randrange(1, 5) for _ in range(rng.randrange(1, 6))]:
-        lengths = rng.choices(range(1, 7), k=size)
-        prompt, *completions = (rng.choices(range(99), k=length) for length in [rng.randrange(6), *lengths])
-        trained = [[rng.random() < 0.7 and i + len(prompt) > 0 for i in range(length)] for length in lengths]
-        scores = rng.choice([[0.5] * size, rng.sample([-1.5, 0.0, 2.0, 7.0], size)])
-        groups.append(data.Encoded(prompt, completions, trained, scores, rng.randrange(4), rng.randrange(4)))
-    want = collections.defaultdict(list)
-    for group in groups:
-        prompt = range(len(want["ids"]), len(want["ids"]) + len(group.prompt))
-        first = len(want["ends"])
-        want["ids"] += group.prompt
-        want["positions"] += range(len(prompt))
-        for completion, trained in zip(group.completions, group.trained):
-            places = [*prompt, *range(len(want["ids"]), len(want["ids"]) + len(completion))]  # of each token
-            want["ids"] += completion
-            want["positions"] += range(len(prompt), len(places))
-            want["predict"] += [places[len(prompt) + i - 1] for i, wanted in enumerate(trained) if wanted]
-            want["targets"] += [token for token, wanted in zip(completion, trained) if wanted]
-            want["response"] += [len(want["ends"])] * sum(trained)
-            want["ends"].append(places[-1])
-            want["weights"].append(group.weight * (seed % 2))
-        want["scores"] += group.scores
-        if len(set(group.scores)) > 1:
-            want["pairs"] += [[first + group.scores.index(pick(group.scores)) for pick in (max, min)]]
-            want["margins"].append(group.margin)
-            want["pair_weights"].append(group.weight * (seed % 2))
-    found = batch.pack(groups, counted=bool(seed % 2))
-    assert found.ids.shape == (1, len(want["ids"])) and found.ids.dtype == found.pairs.dtype == torch.long
-    actual = {name: getattr(found, name) for name in want}
-    actual |= {"ids": found.ids[0], "positions": found.positions[0], "pairs": found.pairs.t()}
-    assert {name: actual[name].tolist() for name in want} == want
-    assert found.groups == [(len(group.prompt), list(map(len, group.completions))) for group in groups]
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_plan_gives_every_group_once_and_every_rank_as_many_micro_batches(seed):
-    # red: drop_last; an order that depends on world_size; a filler that counts
-    rng = random.Random(seed)
-    lengths = [rng.randrange(1, rng.choice([50, 600])) for _ in range(rng.randrange(1, 70))]
-    batch_size, budget = rng.randrange(1, 30), rng.choice([20, 300, 2000])
-    sizes = [min(batch_size, len(lengths) - start) for start in range(0, len(lengths), batch_size)]
-    steps = []
-    for world_size in (1, 2, 5):
-        plan = batch.plan(lengths, batch_size, world_size, budget, seed)
-        assert plan == batch.plan(lengths, batch_size, world_size, budget, seed)
-        assert all(len(step) == world_size and len({len(rank) for rank in step}) == 1 for step in plan)
-        for work in [work for step in plan for rank in step for work in rank]:
-            load = sum(lengths[group] for group in work.groups)
-            assert work.groups and (load <= budget or len(work.groups) == 1)
-            assert work.counted or (len(work.groups) == 1 and load == min(lengths))
-        counted = [[work for rank in step for work in rank if work.counted] for step in plan]
-        steps.append([sorted(group for work in works for group in work.groups) for works in counted])
-        assert list(map(len, steps[-1])) == sizes and sorted(sum(steps[-1], [])) == list(range(len(lengths)))
-    assert steps[0] == steps[1] == steps[2]
-
-
-def test_plan_orders_and_balances():
-    # red: a seed or an epoch ignored; groups dealt in order instead of by length
-    lengths = random.Random(7).choices(range(60, 500), k=256)
-    plans = [batch.plan(lengths, 64, 4, 4096, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
-    assert len(set(map(str, plans))) == 4
-    assert [sorted(step[0][0].groups) for step in batch.plan([5] * 5, 2, 1, 99, None)] == [[0, 1], [2, 3], [4]]
-    for step in plans[0]:
-        loads = [sum(lengths[group] for work in rank for group in work.groups) for rank in step]
-        assert max(loads) < 1.02 * sum(loads) / 4 and all(work.counted for rank in step for work in rank)
-        assert len(step[0]) <= 1.2 * sum(loads) / (4 * 4096) + 1  # nearly as few micro-batches as fit
-    for step in batch.plan([5000] + [50] * 7, 8, 2, 512, None):  # no micro-batch of fillers alone
-        assert all(any(work.counted for work in micro_batch) for micro_batch in zip(*step))
+def test_the_state_of_a_source(tmp_path):
+    # red: the name alone; the folder's own time
+    path = write(tmp_path / "d" / "train.jsonl", "a")
+    sources = [str(path), str(tmp_path / "d"), f"{tmp_path}/d:train", f"hh={path}"]
+    before = [data.state(source, "train") for source in sources]
+    assert len(set(before)) == 4 and before == [data.state(source, "train") for source in sources]
+    os.utime(path, ns=(1, 1))
+    touched = [data.state(source, "train") for source in sources]
+    assert not set(touched) & set(before)
+    write(path, "ab")
+    os.utime(path, ns=(1, 1))
+    assert not set(touched) & {data.state(source, "train") for source in sources}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import losses
 
-LOGPS, TOKENS = "policy_logps ref_logps", "token_policy_logps token_ref_logps"
+LOGPS, TOKENS = "policy_logps ref_logps", "token_policy_logps token_ref_logps token_logratios"
 WEIGHTS = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
 # What each loss asks for: positional statistics, and keyword-only hyper-parameters with their defaults.
 ASKS = {
@@ -36,7 +36,7 @@ ASKS = {
     "sppo_hard": (LOGPS, {"beta": 0.001}),
     "apo_zero": (LOGPS, {"beta": 0.1}),
     "apo_down": (LOGPS, {"beta": 0.1}),
-    "discopop": (LOGPS, {"beta": 0.1, "tau": 0.05}),
+    "discopop": (LOGPS, {"beta": 0.1, "tau": 0.2}),
     "tdpo1": (LOGPS + " kl", {"beta": 0.1}),
     "tdpo2": (LOGPS + " kl", {"beta": 0.1, "alpha": 0.5}),
     "ra_dpo1": (LOGPS + " risk", {"beta": 0.1}),
@@ -78,13 +78,14 @@ STATISTICS = {
     "response": ("response", 0, 0),
     "token_policy_logps": ("token", -6.0, 0.0),
     "token_ref_logps": ("token", -6.0, 0.0),
+    "token_logratios": ("token", -4.0, 4.0),  # not the difference of the two: it may be clamped
     "token_values": ("token", -2.0, 2.0),
     "token_entropy": ("token", 0.0, 5.0),
     "token_advantages": ("token", -2.0, 2.0),
     "token_returns": ("token", -2.0, 2.0),
 }
 LEARNT = ("policy_logps", "token_policy_logps", "kl", "risk", "sequence_scores", "token_values")
-LEARNT += ("token_entropy",)
+LEARNT += ("token_entropy", "token_logratios")
 
 
 def public_losses():
@@ -198,7 +199,7 @@ def at_reference(values):
     for policy, ref in ("policy_logps", "ref_logps"), ("token_policy_logps", "token_ref_logps"):
         if ref in values:
             values[policy] = values[ref].clone()
-    for name in {"kl", "risk"} & set(values):
+    for name in {"kl", "risk", "token_logratios"} & set(values):
         values[name] = torch.zeros_like(values[name])
     if not {"ref_logps", "token_ref_logps"} & set(values):
         for name in {"policy_logps", "lengths", "sequence_scores"} & set(values):
@@ -274,7 +275,10 @@ def oracle(name, unit, **known):
     x.d, (x.nw, x.nl) = x.w - x.l, unit.get("lengths", [1, 1])
     x.aw, x.al = x.pw / x.nw, x.pl / x.nl
     x.xw, x.xl = unit.get("kl", unit.get("risk", zeros))
-    own = [x.beta * (x.w + x.xw), x.beta * (x.l + x.xl)] if name in SEQUENTIAL else None
+    own = None
+    if name in SEQUENTIAL:
+        share = known.get("alpha", 1.0)
+        own = [x.beta * (x.w + share * x.xw), x.beta * (x.l + share * x.xl)]
     return ORACLES[name](x), REWARDS.get(name, lambda x: [x.beta * x.w, x.beta * x.l])(x), own
 
 
@@ -293,6 +297,8 @@ def test_values_match_the_oracle(name, dtype, changed):
         assert result.rewards[:, i].tolist() == pytest.approx(rewards, **close)
         if own is not None:  # red: put the drift into rewards, leave it out of own
             assert result.own[:, i].tolist() == pytest.approx(own, **close)
+        if own is not None:  # red: leave alpha out of own
+            assert softplus(own[1] - own[0]) == pytest.approx(loss, **close)
     assert (result.own is not None) == (name in SEQUENTIAL)
     assert result.own is None or not result.own.requires_grad  # red: drop a detach
     assert result.losses.requires_grad
@@ -330,7 +336,7 @@ def test_policy_equal_to_reference(name):
     assert result.own is None or not result.own.any()
 
 
-@pytest.mark.parametrize("name", [n for n in PAIRS if n not in ("apo_down", "discopop", "slic")])
+@pytest.mark.parametrize("name", [n for n in PAIRS if n not in ("apo_down", "slic")])
 def test_gradient_raises_the_chosen_and_lowers_the_rejected(name):
     """Near the reference. The exceptions have tests of their own below."""
     *_, values = batch(name)
@@ -391,14 +397,22 @@ def test_gradient_of_apo_down():
     assert (rejected > 0).all()
 
 
-def test_gradient_of_discopop():
-    """It is not monotone: s' (exp(-rho) - l) > 0 wins within about tau of the reference, and the loss has a
-    bump there. Away from it chosen is raised and rejected lowered."""
-    chosen, rejected = pair_gradient("discopop", [-20.0, -5.0, 0.0, 5.0, 20.0], [0.0] * 5)
-    assert chosen.sign().tolist() == [-1, -1, 1, -1, -1]
+@pytest.mark.parametrize("tau", [0.05, 0.1, 0.11, None, 0.9])
+def test_gradient_of_discopop(tau):
+    """s' (exp(-rho) - l) > 0 against (1 - s) l' + s exp(-rho)' < 0: a small tau, as the published 0.05, makes
+    s' large and puts a bump on the reference itself, where every run starts. From 0.11 on the loss falls
+    everywhere, chosen raised and rejected lowered. red: the published default"""
+    hyper = {} if tau is None else {"tau": tau}
+    ratios = torch.linspace(-300, 300, 6001, dtype=torch.float64)  # rho from -30 to 30
+    chosen, rejected = pair_gradient("discopop", ratios.tolist(), [0.0] * 6001, **hyper)
     torch.testing.assert_close(chosen, -rejected, rtol=1e-12, atol=0)
+    assert (chosen < 0).all() == (tau not in (0.05, 0.1))
+    assert (chosen[ratios.abs() > 10] < 0).all()  # away from the bump
     # at 0: s' (1 - log 2) - (1/2 + 1) / 2, s' = 1 / (4 tau)
-    assert chosen[2].item() == pytest.approx(0.1 * (5 * (1 - LOG2) - 0.75), rel=1e-12)
+    slope = (1 - LOG2) / (4 * (tau or ASKS["discopop"][1]["tau"])) - 0.75
+    assert chosen[3000].item() == pytest.approx(0.1 * slope, rel=1e-9)
+    if tau == 0.05:
+        assert slope == pytest.approx(0.784, abs=5e-4)
 
 
 def test_the_weight_of_wpo_has_no_gradient():

@@ -157,8 +157,8 @@ def test_extreme_ratios_stay_finite(name, dtype, changed):
             if policy in values:
                 values[ref] = values[policy] - 1e4
                 values[policy] = values[ref] + far
-        if "sequence_scores" in values:
-            values["sequence_scores"] = far.clone()
+        for statistic in {"sequence_scores", "token_logratios"} & set(values):
+            values[statistic] = far.clone()
         values = leaves(values)
         result = call(name, values, **hyper)
         for key, value in tensors(result).items():
@@ -350,11 +350,16 @@ def test_the_reference_point_has_no_gradient(name, key):
 # --- tokens -----------------------------------------------------------------------------------------------
 
 
-def surrogate(logp, ref, advantage, low, high):
-    """The clipped loss of one token, whether the clamp decides it, and the estimate k3 of its KL."""
-    rho, d = math.exp(logp - ref), ref - logp
+def surrogate(logratio, advantage, low, high):
+    """The clipped loss of one token, and whether the clamp decides it."""
+    rho = math.exp(logratio)
     free, held = -advantage * rho, -advantage * min(max(rho, low), high)
-    return max(free, held), float(held > free), math.exp(d) - d - 1
+    return max(free, held), float(held > free)
+
+
+def k3_of(logp, ref):
+    """The estimate of a KL from one token."""
+    return math.exp(ref - logp) - (ref - logp) - 1
 
 
 @DTYPES
@@ -368,7 +373,8 @@ def test_ppo_matches_the_oracle(dtype, changed):
     clipped = []
     for i, u in enumerate(units):
         logp, ref, advantage = u["token_policy_logps"], u["token_ref_logps"], u["token_advantages"]
-        loss, clip, k3 = surrogate(logp, ref, advantage, h["clip"], 1 / h["clip"])
+        loss, clip = surrogate(u["token_logratios"], advantage, h["clip"], 1 / h["clip"])
+        k3 = k3_of(logp, ref)
         critic = 0.5 * (u["token_values"] - u["token_returns"]) ** 2
         loss += h["value_weight"] * critic + h["kl_weight"] * k3 - h["entropy_weight"] * u["token_entropy"]
         assert result.losses[i].item() == pytest.approx(loss, **close)
@@ -388,7 +394,8 @@ def test_ppo_at_policy_equal_to_reference():
     expected = -values["token_advantages"] + 0.15 * error**2 - 0.05 * values["token_entropy"]
     torch.testing.assert_close(result.losses, expected.detach(), rtol=1e-13, atol=1e-13)
     # k3 has its minimum here. red: kl_weight * d, the estimate k1, adds its weight to every slope
-    gradient = values["token_policy_logps"].grad
+    assert not values["token_policy_logps"].grad.any()
+    gradient = values["token_logratios"].grad
     torch.testing.assert_close(gradient, -values["token_advantages"], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(values["token_values"].grad, 0.3 * error, rtol=1e-13, atol=0)
     assert values["token_entropy"].grad.tolist() == pytest.approx([-0.05] * 16)
@@ -400,18 +407,35 @@ def test_clipping_is_pessimistic(name):
     """No gradient where the ratio is beyond the clip on the side to which A pushes; full -A rho elsewhere."""
     ratio = torch.tensor([2.1, 0.4, 2.1, 0.4, 1.1, 0.9], dtype=torch.float64)
     sign = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
-    logp, ref = ratio.log().sub(3).requires_grad_(), torch.full((6,), -3.0, dtype=torch.float64)
+    logratios, logps = ratio.log().requires_grad_(), torch.full((6,), -3.0, dtype=torch.float64)
     if name == "ppo":
         zeros = torch.zeros(6, dtype=torch.float64)
-        result = losses.ppo(logp, ref, zeros, zeros, sign, zeros, kl_weight=0.0)
+        result = losses.ppo(logps, logps, logratios, zeros, zeros, sign, zeros)
     else:  # six one-token responses, good and bad ones of one prompt: A = +-1 / (1 + std_floor)
         ones = torch.ones(6, dtype=torch.long)
-        result = losses.grpo(logp, ref, torch.arange(6), ones, sign, ones * 0, beta=0.0)
+        result = losses.grpo(logps, logps, logratios, torch.arange(6), ones, sign, ones * 0)
         sign = sign / 1.01
     result.losses.sum().backward()
     open_ = torch.tensor([0, 0, 1, 1, 1, 1])  # red: min for max, clamp alone, an open upper end
-    torch.testing.assert_close(logp.grad, -sign * ratio * open_, rtol=1e-12, atol=0)
+    torch.testing.assert_close(logratios.grad, -sign * ratio * open_, rtol=1e-12, atol=0)
     assert result.metrics["clip_fraction"].tolist() == [1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_penalty_and_the_rewards_are_of_the_log_probabilities_as_they_are(name):
+    """A token whose ratio is clamped is still pulled back. red: the penalty of token_logratios"""
+    *_, values = batch(name)
+    values["token_logratios"] = torch.zeros_like(values["token_logratios"])  # clamped, and so constant
+    weight = {"kl_weight": 0.3} if name == "ppo" else {"beta": 0.3}
+    values = leaves(values)
+    result = call(name, values, **weight)
+    result.losses.sum().backward()
+    d = (values["token_ref_logps"] - values["token_policy_logps"]).detach()
+    slope = 0.3 * (1 - d.exp())  # of e^d - d - 1
+    if name == "grpo":
+        slope = slope / values["lengths"][values["response"]]
+    torch.testing.assert_close(values["token_policy_logps"].grad, slope, rtol=1e-12, atol=1e-14)
+    assert torch.equal(result.rewards, -d)
 
 
 def grpo_oracle(units, beta, epsilon, std_floor):
@@ -420,9 +444,10 @@ def grpo_oracle(units, beta, epsilon, std_floor):
         mean = sum(scores) / len(scores)
         std = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores))
         advantage = (unit["scores"] - mean) / (std + std_floor)
-        pairs = zip(unit["token_policy_logps"], unit["token_ref_logps"], strict=True)
-        terms = [surrogate(logp, ref, advantage, 1 - epsilon, 1 + epsilon) for logp, ref in pairs]
-        loss, clip, k3 = (sum(column) / len(terms) for column in zip(*terms, strict=True))
+        terms = [surrogate(r, advantage, 1 - epsilon, 1 + epsilon) for r in unit["token_logratios"]]
+        loss, clip = (sum(column) / len(terms) for column in zip(*terms, strict=True))
+        pairs = list(zip(unit["token_policy_logps"], unit["token_ref_logps"], strict=True))
+        k3 = sum(k3_of(logp, ref) for logp, ref in pairs) / len(pairs)
         yield loss + beta * k3, clip, k3
 
 
@@ -463,7 +488,7 @@ def test_grpo_of_lone_and_of_equal_responses_has_no_policy_gradient():
     # A = 0: the KL is all that is left. red: the std of the sample, nan of a lone response
     torch.testing.assert_close(result.losses, 0.04 * result.metrics["kl_k3"], rtol=1e-12, atol=1e-14)
     call("grpo", values, beta=0.0).losses.sum().backward()
-    assert not values["token_policy_logps"].grad.any()
+    assert not values["token_policy_logps"].grad.any() and not values["token_logratios"].grad.any()
 
 
 def test_grpo_at_policy_equal_to_reference():
@@ -473,7 +498,8 @@ def test_grpo_at_policy_equal_to_reference():
     result = call("grpo", values)
     result.losses.sum().backward()
     slopes = (result.losses / values["lengths"]).detach()[values["response"]]
-    torch.testing.assert_close(values["token_policy_logps"].grad, slopes, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(values["token_logratios"].grad, slopes, rtol=1e-12, atol=1e-14)
+    assert not values["token_policy_logps"].grad.any()
     totals = torch.zeros(3, dtype=torch.float64).index_add(0, values["group"], result.losses.detach())
     torch.testing.assert_close(totals, torch.zeros(3).double(), rtol=0, atol=1e-12)
     assert result.losses.abs().max() > 0.5
@@ -564,18 +590,15 @@ def test_advantages_out_of_range(key, wrong, right):
 
 
 @DTYPES
-def test_humanline_clamps_the_log_ratio_to_the_reference(dtype):
-    ratios = torch.tensor([-3.0, -1.1, -0.9, 0.0, 1.4, 1.6, 1e4, -1e4], dtype=dtype)
-    ref = torch.linspace(-4, -1, 8, dtype=dtype)
-    logp = (ref + ratios).requires_grad_()
-    clamped = losses.humanline(logp, ref)
+def test_humanline_clamps_log_ratios(dtype):
+    ratios = torch.tensor([-3.0, -1.1, -0.9, 0.0, 1.4, 1.6, 1e4, -1e4], dtype=dtype).requires_grad_()
+    clamped = losses.humanline(ratios)
     clamped.sum().backward()
-    expected = ref + torch.tensor([-1.0, -1.0, -0.9, 0.0, 1.4, 1.5, 1.5, -1.0], dtype=dtype)
-    assert clamped.dtype == dtype and clamped.shape == (8,)
-    torch.testing.assert_close(clamped, expected)  # red: clamp the log-probability, swap the bounds
-    assert logp.grad.tolist() == [0, 0, 1, 1, 1, 0, 0, 0]  # red: a straight-through estimator
-    narrow = losses.humanline(logp.detach(), ref, log_epsilon_p=-0.5, log_epsilon_r=0.25)
-    torch.testing.assert_close(narrow, ref + ratios.clamp(-0.5, 0.25))
+    expected = torch.tensor([-1.0, -1.0, -0.9, 0.0, 1.4, 1.5, 1.5, -1.0], dtype=dtype)
+    assert torch.equal(clamped, expected)  # red: swap the bounds
+    assert ratios.grad.tolist() == [0, 0, 1, 1, 1, 0, 0, 0]  # red: a straight-through estimator
+    narrow = losses.humanline(ratios.detach(), log_epsilon_p=-0.5, log_epsilon_r=0.25)
+    assert torch.equal(narrow, ratios.detach().clamp(-0.5, 0.25))
 
 
 @pytest.mark.parametrize("key, wrong", [
@@ -585,4 +608,4 @@ def test_humanline_clamps_the_log_ratio_to_the_reference(dtype):
 def test_humanline_out_of_range(key, wrong):
     for value in wrong:
         with pytest.raises(ValueError, match=rf"\b{key}\b"):
-            losses.humanline(-torch.ones(3), -torch.ones(3), **{key: value})
+            losses.humanline(-torch.ones(3), **{key: value})

@@ -286,6 +286,29 @@ def test_parameters_are_cast_and_buffers_are_not(tmp_path, name):
     assert states_of(half).dtype == torch.bfloat16 and half.head.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["tied", "untied", "biased"])
+def test_new_rows_are_the_mean_and_noise_of_their_own(tmp_path, name):
+    # red: the mean alone; a generator shared by all rows; the noise on the bias; the input's rows alone
+    config = hf.LlamaConfig(**LLAMA, tie_word_embeddings=name == "tied")
+    if name == "biased":
+        config = hf.PhiConfig(**COMMON, intermediate_size=48, initializer_range=0.3)
+    path = save(tmp_path, config)
+    old, new, wider = load(path).lm, load(path, vocabulary=100).lm, load(path, vocabulary=103).lm
+    matrices = [lambda lm: lm.get_input_embeddings().weight, lambda lm: lm.get_output_embeddings().weight]
+    for matrix in matrices:
+        before, after = matrix(old), matrix(new)
+        assert torch.equal(after[:97], before) and torch.equal(matrix(wider)[:100], after)
+        noise = (after[97:] - before.mean(0)) / 0.3
+        assert (noise.abs().max() < 5) and (0.8 < noise.std() < 1.2) and noise.mean().abs() < 0.3
+        assert torch.pdist(after[97:]).min() > 0.3
+    assert (matrices[0](new) is matrices[1](new)) == (name == "tied")
+    if name == "biased":
+        bias = new.get_output_embeddings().bias
+        assert torch.equal(bias[97:], old.get_output_embeddings().bias.mean().expand(3))
+    again = load(path, torch.bfloat16, vocabulary=100).lm
+    assert torch.equal(matrices[0](again), matrices[0](new).bfloat16())  # a reference starts as the policy
+
+
 def test_random_weights_are_a_function_of_the_seed():
     # red: torch.manual_seed(0); no manual_seed
     def draw(seed):

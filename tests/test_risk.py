@@ -138,6 +138,20 @@ def test_cvar_of_everything_is_kl_bit_for_bit(case, dtype):
     assert torch.equal(risk.kl(x, p).weights, p)
 
 
+@pytest.mark.parametrize("c", LEVELS)
+@pytest.mark.parametrize("seed", range(5))
+def test_cvar_of_a_cost_is_minus_the_lower_tail_of_the_reward(seed, c):
+    """docs/paper.md: -Phi(-x), Phi the integral of the quantile function over the lowest share c of a reward.
+    red: the lower tail of x"""
+    rng = np.random.default_rng(seed)
+    x, p = rng.normal(size=30), rng.dirichlet(np.ones(30))
+    order = np.argsort(-x)
+    reward, ends = -x[order], np.minimum(p[order].cumsum(), c)  # the quantile is constant between two ends
+    phi = (reward * np.diff(ends, prepend=0.0)).sum() / c
+    value = risk.cvar(torch.tensor(x), torch.tensor(p), confidence_level=c).value.item()
+    assert value == pytest.approx(-phi, rel=1e-11, abs=1e-11)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_smaller_share_is_more_averse_and_never_below_kl(case):
     x, p = tensors(case)

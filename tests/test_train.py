@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import batch
-import data
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
