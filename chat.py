@@ -11,7 +11,7 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 Turn = dict[str, Any]
 # For tokenizers without a chat template: the form of Anthropic's HH dialogues, which DPO's authors trained
@@ -31,6 +31,9 @@ ASK_FOR_GOOD = "{% if add_generation_prompt %}" + CONTROL_TOKENS[0] + "{% endif 
 MARK = "\0"  # stands for a content, to see what a template writes around it
 BEFORE = "\n\0.a0:(-"  # one of them stands before a text that is to be tokenised as what follows other text
 WITHIN = "think|tool|reason"  # in the names of special tokens that stand within answers
+NO_CALLS = "the chat template does not write tool_calls"
+WORD = "zqmark"  # stands for a content, where the template may change its letters
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a turn beside its content
 MARGIN = 64  # tokens beyond a cut that are tokenised all the same: what the cut changes is among them
 
 
@@ -99,7 +102,7 @@ def _chosen(tokenizer: Any, choice: str | None) -> tuple[str, str | None]:
         asks = own.endswith(ASK_FOR_GOOD)
         name = "the tokenizer's own" + ", without its control token" * asks
         return name, own[: -len(ASK_FOR_GOOD)] if asks else own if named else None
-    choice = choice or "plain"
+    choice = "plain" if choice is None else choice
     if choice in named:
         return choice, named[choice]
     try:
@@ -204,6 +207,49 @@ def around(
     if not found:
         raise ValueError("the chat template does not write the last turn as it stands")
     return text, rest
+
+
+def check_written(turns: list[Turn], rendering: dict[str, Any], text: str, write: Callable[..., str]) -> None:
+    """Raises ValueError if the chat template does not write a turn, a tool or a call of one: if the text that
+    `write` gives would be the same without. Of an assistant's turn it may drop what it likes, thoughts."""
+    if "tools" in rendering:
+        without = {key: value for key, value in rendering.items() if key != "tools"}
+        if write(turns=turns, rendering=without) == text:
+            raise ValueError("the chat template does not write the tools")
+    place = 0
+    for index, turn in enumerate(turns):
+        before, after = turns[:index], turns[index + 1 :]
+        if turn.get("tool_calls"):
+            if write(turns=[*before, with_fewer_calls(turn), *after], rendering=rendering) == text:
+                raise ValueError(NO_CALLS)
+        said = turn["content"].strip()
+        found = text.find(said, place)
+        if found >= 0:
+            place = found + len(said)
+        elif turn["role"] != "assistant":
+            marked = write(turns=[*before, {**turn, "content": WORD}, *after], rendering=rendering)
+            if WORD not in marked.casefold():
+                raise ValueError(f"the chat template does not write a {turn['role']} turn")
+
+
+def with_fewer_calls(turn: Turn) -> Turn:
+    """A turn without the last of its calls."""
+    calls = turn["tool_calls"][:-1]
+    return {**turn, "tool_calls": calls} if calls else {k: v for k, v in turn.items() if k != "tool_calls"}
+
+
+def change(said: str, turn: Turn, written: str, tail: str, ending: str) -> str:
+    """A remark if the template leaves out some of what a turn says. Raises ValueError if it leaves out
+    all."""
+    if said not in tail:
+        if not written.removesuffix(ending.rstrip()).strip():
+            raise ValueError("the chat template writes nothing of an answer")
+        if "".join(said.split()) not in "".join(tail.split()):
+            return "the chat template leaves out or changes a part of an answer"
+    for key in THOUGHTS:
+        if isinstance(turn.get(key), str) and turn[key].strip() not in written:
+            return f'the chat template leaves out the "{key}" of an answer'
+    return ""
 
 
 # ---- text -> ids

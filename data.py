@@ -45,7 +45,9 @@ def stream(source: str, split: str, unread: set[str] | None = None) -> Iterator[
 
     Raises ValueError (see the module) for anything that cannot be read, and if there are no rows.
     """
-    name, _, place = source.partition("=")
+    name, named, place = source.partition("=")
+    if name in datasets() and named and not place:
+        raise ValueError(f"{source}: a place must follow the =, or leave both out")
     empty = True
     if name in datasets():
         for row in getattr(sys.modules[__name__], name)(split, *([place] if place else [])):
@@ -375,7 +377,7 @@ def _folder_rows(
             found = found[_split_among(folder, list(found), named, split)]
         elif named:
             raise ValueError(f"{folder}: no split {named!r}: it is one dataset without splits")
-        yield from ((f"{folder}[{index}]", row) for index, row in enumerate(found))
+        yield from ((f"{folder}[{index}]", files.without_nulls(row)) for index, row in enumerate(found))
         return
     readme = folder / "README.md"
     if readme.exists() and re.search(
@@ -456,7 +458,7 @@ def _hub_rows(name: str, suffixes: list[str], split: str) -> Iterator[tuple[str,
         return hub.load_dataset(name, config, split=chosen)
 
     for index, row in enumerate(_hub(name, load)):
-        yield f"{name}[{index}]", row
+        yield f"{name}[{index}]", files.without_nulls(row)
 
 
 def _config_and_split(hub: Any, name: str, suffixes: list[str], split: str) -> tuple[str | None, str]:

@@ -12,6 +12,7 @@ string, for an example that cannot be used.
 Left out: images; templates that need more than turns, tools and the row's own "chat_template_kwargs".
 """
 
+import functools
 import os
 import re
 from collections import deque
@@ -21,7 +22,7 @@ import chat
 from chat import Template
 from formats import Example
 from ranking import desirable
-from values import Turn
+from values import UNTRAINED, Turn
 
 REWRITES = "the chat template rewrites earlier turns when a turn is added"
 NO_BEGINNING = (
@@ -164,7 +165,8 @@ def encode_rendered(
         for completion in example.completions:
             turns = _continued_by(kept, completion)
             text = chat.render(tokenizer, turns, template, False, example.rendering)
-            _find_tools(example, turns, text)
+            write = functools.partial(chat.render, tokenizer, template=template, generation=False)
+            chat.check_written(turns, example.rendering, text, write)
             ids = chat.ids(tokenizer, text) if len(text) <= max_length * template.longest else None
             if ids is None or len(ids) > max_length:
                 return None
@@ -230,6 +232,8 @@ def _encode(
             ids, trained = ids[len(prompt) :], trained[len(prompt) :]  # the text has the BOS itself
         if not prompt:
             trained[0] = False  # nothing predicts the first token of all
+        if not any(trained):
+            return "no turn of an answer is trained"
         completions.append(ids[:budget])
         masks.append(trained[:budget])
         if not any(masks[-1]):
@@ -263,6 +267,8 @@ def _refuse_reserved(example: Example, template: Template) -> None:
             texts += ["\n".join(map(str, turn.values())) for turn in completion]
         elif example.prompt:
             texts.append(completion)
+    if example.rendering:
+        texts.append(str(example.rendering))
     for text in texts:
         if found := re.search(template.reserved, text):
             raise ValueError(
@@ -301,19 +307,12 @@ def _opened(example: Example, tokenizer: Any, limit: int, template: Template) ->
     if not example.prompt:
         return "", [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     text = chat.opening(tokenizer, example.prompt, template, example.rendering)
-    _find_tools(example, example.prompt, text)
+    write = functools.partial(chat.opening, tokenizer, template=template)
+    chat.check_written(example.prompt, example.rendering, text, write)
     if len(text) > limit * template.longest:
         return None
     ids = chat.ids(tokenizer, text)
     return (text, ids) if len(ids) <= limit else None
-
-
-def _find_tools(example: Example, turns: list[Turn], text: str) -> None:
-    """Raises ValueError if a tool or a call of one is not in the text of the turns."""
-    if any(_name(tool) not in text for tool in example.rendering.get("tools", ())):
-        raise ValueError("the chat template does not write the tools")
-    if any(_name(call) not in text for turn in turns for call in turn.get("tool_calls", ())):
-        raise ValueError("the chat template does not write tool_calls")
 
 
 def _cut_prompt(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]]:
@@ -388,6 +387,10 @@ def _encode_completion(
         # behind the end of the turn before, which may be a token that takes white space with it
         between = chat.ids_within(tokenizer, "".join(before) + header, template)[len(before) :]
         closed = chat.render(tokenizer, [*history, turn], template, False, rendering)
+        if turn.get("tool_calls"):
+            fewer = [*history, chat.with_fewer_calls(turn)]
+            if closed == chat.render(tokenizer, fewer, template, False, rendering):
+                raise ValueError(chat.NO_CALLS)
         closed, ending = closed.removesuffix(template.closing), template.ending
         if not closed.endswith(ending):
             ending = chat.around(tokenizer, [*history, turn], template, False, rendering)[1]
@@ -398,7 +401,7 @@ def _encode_completion(
         added = _added(opened, answer, NO_BEGINNING)
         said = turn["content"][len(open_turn[0]["content"]) if open_turn and index == first else 0 :]
         tail = closed[max(0, len(opened) - len(said)) :]  # the generation prompt may open the answer
-        changed = _change(said, turn.get("tool_calls", ()), added, tail, ending)
+        changed = chat.change(said, turn, added, tail, ending)
         remark = remark or changed
         if not ends_itself:
             added = chat.without_tail(tokenizer, added, template)
@@ -413,33 +416,13 @@ def _encode_completion(
 
 def _is_trained(turn: Turn) -> bool:
     """Not if the row says so of this turn, by any of the names that tools have for it."""
-    return all(turn.get(key, True) not in (0, False) for key in ("weight", "train", "loss"))
+    return all(turn.get(key, True) not in (0, False) for key in UNTRAINED)
 
 
 def _added(before: str, after: str, otherwise: str) -> str:
     if not after.startswith(before):
         raise ValueError(otherwise)
     return after[len(before) :]
-
-
-def _change(said: str, calls: Sequence[dict[str, Any]], written: str, tail: str, ending: str) -> str:
-    """A remark if the template leaves out some of what a turn says. Raises ValueError if it leaves out all,
-    or a call of a tool."""
-    if any(_name(call) not in written for call in calls):
-        raise ValueError("the chat template does not write tool_calls")
-    if said in tail:
-        return ""
-    if not written.removesuffix(ending.rstrip()).strip():
-        raise ValueError("the chat template writes nothing of an answer")
-    if "".join(said.split()) in "".join(tail.split()):
-        return ""
-    return "the chat template leaves out or changes a part of an answer"
-
-
-def _name(call: dict[str, Any]) -> str:
-    """What a tool, or a call of one, is called."""
-    function = call.get("function")
-    return str((function if isinstance(function, dict) else call).get("name", ""))
 
 
 def stop_ids(examples: Sequence[Encoded], template: Template) -> list[int]:

@@ -30,6 +30,9 @@ SUFFIXES = (*JSON, *TABLES, ".parquet")
 PACKED = (".gz", ".zst")
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
 WRAPPERS = ("data", "rows", "examples", "instances")  # what a file's one object may call its list
+# Keys of rows, which an object that wraps a list of them does not have.
+LAYOUT = {"prompt", "chosen", "rejected", "completion", "messages", "conversations", "instruction", "text"}
+CALLS = ("tools", "tool_calls", "function_call")
 SPACE = re.compile(r"\s*")
 DECODER = json.JSONDecoder()
 
@@ -111,10 +114,21 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for some in file.iter_batches(batch_size=64):
                 for row in some.to_pylist():
-                    yield f"{path}[{index}]", row
+                    yield f"{path}[{index}]", without_nulls(row)
                     index += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def without_nulls(value: Any, within: bool = False) -> Any:
+    """Tools, and calls of them, without the nulls that Arrow puts where one row of a table has a key and
+    another has not: they would be read as arguments."""
+    if isinstance(value, list):
+        return [without_nulls(part, within) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: part for key, part in value.items() if part is not None or not within}
+    return {key: without_nulls(part, within or key in CALLS) for key, part in kept.items()}
 
 
 def _table_rows(path: Path, file: BinaryIO, delimiter: str) -> Iterator[tuple[str, Any]]:
@@ -122,6 +136,9 @@ def _table_rows(path: Path, file: BinaryIO, delimiter: str) -> Iterator[tuple[st
     csv.field_size_limit(MAX_ROW)
     reader = csv.DictReader(_lines(path, _text(path, file)), delimiter=delimiter, strict=True)
     try:
+        header = reader.fieldnames or []
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}:1: two columns of one name ({', '.join(header)[:200]})")
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row:
@@ -182,7 +199,7 @@ def _first_object(scan: "Scan", split: str, named: str | None) -> Iterator[tuple
             scan.take(",")
         key = scan.key()
         scan.take(":")
-        if key in lists and scan.peek() == "[":
+        if key in lists and scan.peek() == "[" and scan.holds_objects():
             held.append(key)
             if key in wanted and len(wanted.intersection(held)) > 1:
                 raise ValueError(
@@ -191,11 +208,19 @@ def _first_object(scan: "Scan", split: str, named: str | None) -> Iterator[tuple
             yield from (item for item in _items(scan) if key in wanted)
         else:
             row[key] = scan.value()
+        if held and LAYOUT.intersection(row):
+            raise ValueError(
+                f"{scan.path}:{line}: two readings: the list {held[-1]!r} holds the rows, or this is one"
+            )
         if held:
             row = {}  # it is no row, and may be long
         else:
             scan.check(scan.gone + 1 - begin)
     scan.take("}")
+    if held and scan.peek():
+        raise ValueError(
+            f"{scan.path}:{line}: two readings: the list {held[-1]!r} holds the rows, or what follows does"
+        )
     if named is None and not held:
         yield f"{scan.path}:{line}", row
     elif not wanted.intersection(held):
@@ -259,6 +284,12 @@ class Scan:
         """Raises ValueError for a row of that many characters if it is too long."""
         if size > MAX_ROW:
             raise ValueError(f"{self.path}:{self.line}: a row of more than {MAX_ROW} characters")
+
+    def holds_objects(self) -> bool:
+        """Is it a list here whose first item, if it has one, is an object? Nothing is taken."""
+        while not (found := re.compile(r"\[\s*(\S)").match(self.text, self.at)) and self._more():
+            pass
+        return found is not None and found[1] in "{"
 
     def _go(self, to: int) -> None:
         self.line += self.text.count("\n", self.at, to)

@@ -103,9 +103,13 @@ def pair(prompt, chosen, rejected) -> Example | str:
         values.text_or_turns(value, key) for value, key in ((chosen, "chosen"), (rejected, "rejected"))
     ]
     said = values.prompt(prompt)
-    if any(
-        isinstance(answer, list) and answer[:1] and answer[0]["role"] != "assistant" for answer in answers
-    ):
+    whole = [
+        answer.lstrip().startswith("Human:")
+        if isinstance(answer, str)
+        else answer[:1] and answer[0]["role"] != "assistant"
+        for answer in answers
+    ]
+    if any(whole):
         found = implicit_pair(chosen, rejected)
         if isinstance(found, Example) and not all(turn in found.prompt for turn in said):
             raise ValueError(

@@ -5,6 +5,7 @@ says is not looked at, but by `text_fault`.
 """
 
 import json
+import re
 from typing import Any, Iterable
 
 Turn = dict[str, Any]
@@ -21,6 +22,12 @@ RESERVED = {
     "continue_final_message", "return_tensors", "return_dict", "padding", "truncation", "max_length",
     "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
 }  # fmt: skip
+
+
+# What a string looks like that holds turns as JSON, or as Python prints them.
+TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|from|content|value|tool_calls)["']\s*:""")
+PYTHON = re.compile(r"\s*(\[\s*)?\{\s*'")
+UNTRAINED = ("weight", "train", "training", "loss")  # names of what says that a turn is not trained
 
 
 def prompt(value: Any) -> list[Turn]:
@@ -42,18 +49,18 @@ def text_or_turns(value: Any, key: str) -> str | list[Turn]:
 
 
 def _loaded(value: Any) -> Any:
-    """A JSON list of turns in a string, as rows that came through a table have it."""
-    if isinstance(value, str) and value.startswith("[{"):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        if all(
-            isinstance(turn, dict) and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn))
-            for turn in found
-        ):
-            return found
-    return value
+    """Turns as JSON in a string, as rows that came through a table have them."""
+    if not isinstance(value, str) or not TURNS.match(value):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        if PYTHON.match(value):
+            raise ValueError(f"turns as Python prints them, which is no JSON: {shown(value)}") from None
+        return value
+    turns = [found] if isinstance(found, dict) else found
+    speak = (isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns)
+    return turns if all(speak) and any({"content", "value"} & set(turn) for turn in turns) else value
 
 
 def turn_list(value: Any, key: str) -> list[Turn]:
@@ -68,7 +75,9 @@ def turn_list(value: Any, key: str) -> list[Turn]:
 
 def one_turn(turn: Any, where: str) -> Turn:
     """A turn in its common form: roles by their usual names, content a string (or None), the rest kept."""
-    if isinstance(turn, dict) and "role" not in turn and "from" in turn:
+    if isinstance(turn, dict) and {"role", "from"} <= set(turn):
+        raise ValueError(f'{where}: two readings: "role" and "content", or "from" and "value"')
+    if isinstance(turn, dict) and "from" in turn:
         turn = {"role": turn["from"], "content": turn.get("value")} | {
             key: value for key, value in turn.items() if key not in ("from", "value")
         }
@@ -80,23 +89,46 @@ def one_turn(turn: Any, where: str) -> Turn:
     content = _content(turn.get("content"), f"{where}.content")
     found = {"role": ROLES[role.lower()], "content": content}
     found |= {key: value for key, value in turn.items() if key not in found and value not in (None, [], "")}
+    for key in UNTRAINED:
+        if found.get(key, True) not in (0, 1):
+            raise ValueError(
+                f'{where}: "{key}" of a turn must be 0, 1, true or false, got {shown(turn[key])}'
+            )
     if role.lower() == "function_call":
-        call = _json(content, f"{where}.content")
-        found |= {"content": "", "tool_calls": [{"type": "function", "function": call}]}
+        called = _json(content, f"{where}.content")
+        found |= {"content": "", "tool_calls": called if isinstance(called, list) else [called]}
+    elif "function_call" in found:  # OpenAI's older name
+        found["tool_calls"] = [found.pop("function_call")]
     if "tool_calls" in found:
         found["content"] = found["content"] or ""
         calls = found["tool_calls"]
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise ValueError(f"{where}.tool_calls must be a list of objects, got {shown(calls)}")
+        found["tool_calls"] = [
+            _call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)
+        ]
     return found
+
+
+def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """A call in the form that chat templates expect: its arguments an object, where they are one as JSON."""
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError(f"{where}: a call must have a name, got {shown(call)}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+        function = function | {"arguments": _json(arguments, f"{where}.arguments")}
+    return {"type": "function", **(call if "function" in call else {}), "function": function}
 
 
 def _content(value: Any, where: str) -> str | None:
     if isinstance(value, list):
-        parts = [
-            part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        kinds = (None, "text", "input_text", "output_text")
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") in kinds else part
             for part in value
         ]
+        parts = [part if isinstance(part, str) else None for part in texts]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError(f"{where} has a part that is not text, got {shown(value)}")
         return "".join(parts)
