@@ -367,8 +367,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         began = time.perf_counter()
         if update == 0:
-            works = plan[index][rank]
-            counted = [g for share in plan[index] for work in share if work.counted for g in work.groups]
+            shares = plan[index]  # of the ranks
+            works = shares[rank]
+            counted = [g for share in shares for work in share if work.counted for g in work.groups]
             number = sum(objective.units(train[group]) for group in counted)
             packs, strangers = make_packs(objective, train, works, partners, args, device)
             # (A) frozen: what the loss may not change

@@ -52,12 +52,9 @@ class Store(Sequence):
             raise IndexError(index)
         found = self.arrays
         prompt, *completions = range(found.first[index], found.first[index + 1])
-        spans = [
-            slice(found.starts[piece], found.starts[piece] + found.sizes[piece]) for piece in completions
-        ]
-        begin = found.starts[prompt]
+        spans = [self._span(piece) for piece in completions]
         return Encoded(
-            found.ids[begin : begin + found.sizes[prompt]].tolist(),
+            found.ids[self._span(prompt)].tolist(),
             [found.ids[span].tolist() for span in spans],
             [found.trained[span].tolist() for span in spans],
             found.scores[completions].tolist(),
@@ -93,12 +90,20 @@ class Store(Sequence):
 
     def alike(self, index: int, one: int, other: int) -> bool:
         """Are two completions of an example the same?"""
+        begin = self.arrays.first[index] + 1
+        return np.array_equal(*[self.arrays.ids[self._span(begin + place)] for place in (one, other)])
+
+    def _span(self, piece: int) -> slice:
+        """Where the tokens of a piece are."""
+        begin = self.arrays.starts[piece]
+        return slice(begin, begin + self.arrays.sizes[piece])
+
+    def _made_of(self, first: np.ndarray, pieces: np.ndarray, examples: np.ndarray, digest: str) -> "Store":
+        """Of these pieces and these examples, by index or by mask; the tokens stay where they are."""
         found = self.arrays
-        spans = [
-            slice(found.starts[piece], found.starts[piece] + found.sizes[piece])
-            for piece in (found.first[index] + 1 + one, found.first[index] + 1 + other)
-        ]
-        return np.array_equal(*[found.ids[span] for span in spans])
+        moved = {name: getattr(found, name)[pieces] for name in PIECES}
+        moved |= {name: getattr(found, name)[examples] for name in EXAMPLES}
+        return Store(found._replace(first=first, **moved), digest)
 
     def by_prompt(self) -> "Store":
         """Examples of one prompt as one, which stands where the first of them stood: the prompt of the first,
@@ -121,12 +126,8 @@ class Store(Sequence):
         pieces = np.empty(first[-1], np.int64)  # (g + c,)
         pieces[first[:-1]] = found.first[leaders]
         pieces[np.arange(len(owners)) + owners[arrangement] + 1] = self.completions[arrangement]
-        margins = np.zeros(len(leaders))  # (g,)
-        chosen = {name: getattr(found, name)[pieces] for name in PIECES}
-        kept = {name: getattr(found, name)[leaders] for name in ("weights", "prompts")}
-        return Store(
-            found._replace(first=first, margins=margins, **chosen, **kept), f"{self.digest} by prompt"
-        )
+        made = self._made_of(first, pieces, leaders, f"{self.digest} by prompt")
+        return Store(made.arrays._replace(margins=np.zeros(len(leaders))), made.digest)
 
     def chosen(
         self, used: Callable[[int, list[float]], Sequence[int] | str], unsure: np.ndarray
@@ -159,10 +160,8 @@ class Store(Sequence):
         left = np.add.reduceat(kept, found.first[:-1], dtype=np.int64)  # (n,) pieces, the prompt among them
         full = left > 1  # (n,)
         kept &= np.repeat(full, np.diff(found.first))
-        pieces = {name: getattr(found, name)[kept] for name in PIECES}
-        examples = {name: getattr(found, name)[full] for name in EXAMPLES}
         first = np.concatenate([[0], left[full].cumsum()])  # (n + 1,)
-        return Store(found._replace(first=first, **pieces, **examples), self.digest)
+        return self._made_of(first, kept, full, self.digest)
 
     def share(self, weight: float, seed: int) -> "Store":
         """As many times its rows: a weight of 2.5 is every example twice and half of them, drawn by the seed,
@@ -176,12 +175,7 @@ class Store(Sequence):
         counts = np.diff(found.first)[chosen]  # (k,) pieces
         first = np.concatenate([[0], counts.cumsum()])  # (k + 1,)
         pieces = np.repeat(found.first[chosen] - first[:-1], counts) + np.arange(first[-1])
-        arrays = found._replace(
-            first=first,
-            **{name: getattr(found, name)[pieces] for name in PIECES},
-            **{name: getattr(found, name)[chosen] for name in EXAMPLES},
-        )
-        return Store(arrays, f"{self.digest} x {weight}, seed {seed}")
+        return self._made_of(first, pieces, chosen, f"{self.digest} x {weight}, seed {seed}")
 
 
 @dataclass

@@ -168,9 +168,7 @@ def render(
     options = {"add_generation_prompt": generation, "chat_template": template.text, **(rendering or {})}
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
-    except (
-        Exception
-    ) as error:  # jinja's own errors, and whatever a template raises for turns it does not like
+    except Exception as error:  # jinja's own, and whatever a template raises for turns it does not like
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"chat template ({template.name}): {cause}") from error
 

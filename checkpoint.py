@@ -156,11 +156,12 @@ def resume(
     record = read_record(path)
     for key in sorted(set(record["args"]) | set(args)):
         made, now = record["args"].get(key), args.get(key)
-        if key == "data_digest" and key in record["args"] and made != now:
+        if key in free or made == now or (key == "data_digest" and key not in record["args"]):
+            continue
+        if key == "data_digest":
             raise ValueError(f"{path} was made from other rows than --data has now; choose another --out")
-        if key not in (*free, "data_digest") and made != now:
-            flag = f"--{key.replace('_', '-')}"
-            raise ValueError(f"{path} was made with {flag} {made}, this run has {flag} {now}")
+        flag = f"--{key.replace('_', '-')}"
+        raise ValueError(f"{path} was made with {flag} {made}, this run has {flag} {now}")
     state = _state(model, optimizer) | (extra or {})
     if record["world_size"] != fsdp.ranks()[1]:
         state = {key: value for key, value in state.items() if not key.startswith("rng_")}

@@ -282,11 +282,10 @@ def check_run(args: argparse.Namespace) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{out}/final is there: nothing to do")
         sys.exit(0)
-    key, (made, now) = next(iter(changed.items()))
-    flag = f"--{key.replace('_', '-')}"
-    if set(changed) - {"steps", "epochs"}:
-        key, (made, now) = next((item for item in changed.items() if item[0] not in ("steps", "epochs")))
-        flag = f"--{key.replace('_', '-')}"
+    others = [key for key in changed if key not in ("steps", "epochs")]
+    key = (others or list(changed))[0]
+    flag, (made, now) = f"--{key.replace('_', '-')}", changed[key]
+    if others:
         fail(
             str(out),
             f"is finished and was made with {flag} {made}, this run has {now}",

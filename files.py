@@ -34,6 +34,7 @@ WRAPPERS = ("data", "rows", "examples", "instances")  # what a file's one object
 LAYOUT = {"prompt", "chosen", "rejected", "completion", "messages", "conversations", "instruction", "text"}
 CALLS = ("tools", "tool_calls", "function_call")
 SPACE = re.compile(r"\s*")
+ITEM = re.compile(r"\[\s*(\S)")  # what a list begins with
 DECODER = json.JSONDecoder()
 
 
@@ -286,10 +287,10 @@ class Scan:
             raise ValueError(f"{self.path}:{self.line}: a row of more than {MAX_ROW} characters")
 
     def holds_objects(self) -> bool:
-        """Is it a list here whose first item, if it has one, is an object? Nothing is taken."""
-        while not (found := re.compile(r"\[\s*(\S)").match(self.text, self.at)) and self._more():
+        """Does a list begin here whose first item is an object? Nothing is taken."""
+        while not (found := ITEM.match(self.text, self.at)) and self._more():
             pass
-        return found is not None and found[1] in "{"
+        return found is not None and found[1] == "{"
 
     def _go(self, to: int) -> None:
         self.line += self.text.count("\n", self.at, to)

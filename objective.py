@@ -249,10 +249,8 @@ class Objective(NamedTuple):
         return ranking.pair_counts(found.scores, found.sizes, self.pairs) if self.pairs else found.sizes
 
     def used(self, found: Store, index: int, scores: list[float]) -> Sequence[int] | str:
-        """The same of an example of a store.Store, cut to its length and perhaps gathered of rows or thinned:
-        which of its completions."""
-        if not self.compares:
-            return range(len(scores))
+        """The same of an unsure example, cut to its length and perhaps gathered of rows or thinned: which of
+        its completions."""
         ends = ranking.pair_indices(scores, "best-worst")
         if not ends:
             return ranking.NO_BETTER

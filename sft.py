@@ -197,8 +197,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last)
 
         began = time.perf_counter()
-        works = plan[index][rank]
-        counted = [group for share in plan[index] for work in share if work.counted for group in work.groups]
+        shares = plan[index]  # of the ranks
+        works = shares[rank]
+        counted = [group for share in shares for work in share if work.counted for group in work.groups]
         packs = [
             batch.pack([train[group] for group in work.groups], work.counted).to(device) for work in works
         ]

@@ -132,9 +132,7 @@ def make_operands(path: str, source: str, pairs: int) -> dict[str, Tensor]:
     pack = batch.pack([encode.encode(example, tokenizer, 512, 256, template) for example in examples])
     lm = model.load(path, torch.bfloat16, 512)
     states = lm(pack.ids, pack.positions, attention.layout(pack.groups), pack.predict)  # (N, D)
-    noise = (
-        torch.randn(states.shape, generator=torch.Generator().manual_seed(0)) * states.float().std(0) * NOISE
-    )
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)) * states.float().std(0) * NOISE
     hidden = (states.float() + noise).bfloat16()  # (N, D)
     weight = lm.head.weight.detach().contiguous()  # (V, D)
     return {"hidden": hidden, "ref_hidden": states.contiguous(), "weight": weight, "targets": pack.targets}
@@ -163,7 +161,9 @@ def main() -> None:
                 if done.returncode:
                     sys.exit(done.stderr[-4000:])
                 found[f"{drift}: {name}"] = json.loads(done.stdout.strip().splitlines()[-1])
-    size = f"{len(operands['targets'])} tokens, vocabulary {len(operands['weight'])}, width {operands['weight'].shape[1]}"
+    size = (
+        f"{len(operands['targets'])} tokens, vocabulary {len(operands['weight'])}, width {operands['weight'].shape[1]}"
+    )
     lines = [
         f"{size}, bf16 operands, logp of policy and reference and one drift, forward and backward, {describe_machine()}",
         "",

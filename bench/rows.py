@@ -38,16 +38,7 @@ def write_rows(source: Path, number: int, path: Path) -> None:
 
 def run(args: argparse.Namespace, rows: Path, out: Path, cache: Path) -> dict[str, float]:
     command = [sys.executable, "align.py", "--model", args.model, "--data", str(rows), "--out", str(out)]
-    command += [
-        "--steps",
-        "1",
-        "--batch-size",
-        str(args.pairs),
-        "--device",
-        "cpu",
-        "--token-cache",
-        str(cache),
-    ]
+    command += ["--steps", "1", "--batch-size", str(args.pairs), "--device", "cpu", "--token-cache", str(cache)]
     began = time.time()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _, errors = process.communicate()

@@ -75,15 +75,7 @@ def matmul_seconds(config, tokens: int, trained: int) -> dict[str, float]:  # no
     wide = config.num_attention_heads * config.head_dim
     narrow = config.num_key_value_heads * config.head_dim
     size, inner = config.hidden_size, config.intermediate_size
-    block = [
-        (size, wide),
-        (wide, size),
-        (size, narrow),
-        (size, narrow),
-        (size, inner),
-        (size, inner),
-        (inner, size),
-    ]
+    block = [(size, wide), (wide, size), (size, narrow), (size, narrow), (size, inner), (size, inner), (inner, size)]
     forward = backward = 0.0
     for before, after in block:
         x, y = (torch.randn(tokens, width, dtype=torch.bfloat16) for width in (before, after))
@@ -113,16 +105,7 @@ def run_row(args: argparse.Namespace, label: str, steps: int, *wrapper: str) -> 
     with tempfile.TemporaryDirectory() as folder:
         script = wrapper or ["align.py"]
         command = [sys.executable, *script, "--model", args.model, "--data", args.data, *ROWS[label]]
-        command += [
-            "--out",
-            f"{folder}/run",
-            "--steps",
-            str(steps),
-            "--max-length",
-            "512",
-            "--eval-every",
-            "0",
-        ]
+        command += ["--out", f"{folder}/run", "--steps", str(steps), "--max-length", "512", "--eval-every", "0"]
         responses = args.pairs * (1 if "dpo" in label else 2)  # kto and ppo count responses
         command += ["--batch-size", str(responses), "--device", "cpu"]
         command += ["--tokens-per-microbatch", str(args.tokens_per_microbatch)]
@@ -174,9 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", default="examples/hh_train.jsonl")
-    parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
-    )
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
@@ -230,9 +211,7 @@ def main() -> None:
         record["profile"] = json.loads(last)
         whole = sum(record["profile"].values())
         lines += ["", f"| where a step of {base} goes (profiler) | s | share |", "|---|---|---|"]
-        lines += [
-            f"| {kind} | {spent:.2f} | {spent / whole:.0%} |" for kind, spent in record["profile"].items()
-        ]
+        lines += [f"| {kind} | {spent:.2f} | {spent / whole:.0%} |" for kind, spent in record["profile"].items()]
     report(lines, record, args.out)
 
 
