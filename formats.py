@@ -103,13 +103,10 @@ def pair(prompt, chosen, rejected) -> Example | str:
         values.text_or_turns(value, key) for value, key in ((chosen, "chosen"), (rejected, "rejected"))
     ]
     said = values.prompt(prompt)
-    whole = [
-        answer.lstrip().startswith("Human:")
-        if isinstance(answer, str)
-        else answer[:1] and answer[0]["role"] != "assistant"
-        for answer in answers
-    ]
-    if any(whole):
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    dialogues = [text.lstrip().startswith("Human:") and "\n\nAssistant:" in text for text in texts]
+    turns = [answer for answer in answers if not isinstance(answer, str) and answer]
+    if all(dialogues) and texts == answers or any(first["role"] != "assistant" for first, *_ in turns):
         found = implicit_pair(chosen, rejected)
         if isinstance(found, Example) and not all(turn in found.prompt for turn in said):
             raise ValueError(

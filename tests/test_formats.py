@@ -533,6 +533,14 @@ def test_dialogues_in_strings():
         assert formats.parse(PAIR | {"prompt": plain}).prompt == turns(plain)
 
 
+def test_an_answer_may_begin_as_a_dialogue_does():
+    # red: one answer "Human: ..." made the row, and with it the file, an error
+    for said in ("Human: not me", "Human: a\n\nHuman: b", DIALOGUE + " x"):
+        assert formats.parse(PAIR | {"rejected": said}).completions[1] == said
+    whole = {"prompt": "p"} | {key: f"\n\nHuman: p\n\nAssistant: {key[0]}" for key in ("chosen", "rejected")}
+    assert formats.parse(whole) == Example(turns("p"), ["c", "r"], [1.0, 0.0])
+
+
 # What is wrong.
 
 
