@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "fsdp": set(),
     "checkpoint": {"fsdp"},
     "config": set(),
+    "parts": {"config"},
 }
 # Sequence: the examples of arrays.py. A class decorated with @dataclass is a record and needs no base.
 CLASS_BASES = {"Sequence", "NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
