@@ -9,7 +9,7 @@ fix before a step -> (B) the policy's hidden states, the head in chunks, the los
 -> clip -> AdamW -> log. The sum of the losses is divided by the number of pairs, responses or tokens of the
 whole step, so nothing depends on ranks, micro-batches or packing.
 
-Left out: LoRA, cached references, generation during training.
+Left out: LoRA, cached references.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import sys
 import time
 from typing import Any, Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +31,7 @@ import config
 import data
 import encode
 import fsdp
+import generation
 import losses
 import model
 import ranking
@@ -75,6 +75,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--activation-checkpointing", choices=("none", "selective", "full"), default="full")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
+    add("--sample-prompts", type=config.count_or_zero, default=0, help="held out, answered at evaluation")
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
     config.add_run_flags(made)
@@ -210,26 +211,6 @@ def freeze(
     return founds, logged
 
 
-def make_packs(
-    objective: Objective,
-    examples: Sequence[encode.Encoded],
-    works: list[batch.Work],
-    partners: np.ndarray | None,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> tuple[list[batch.Pack], list[batch.Pack]]:
-    """The micro-batches of a rank, and their prompts with other prompts' answers (or the same again)."""
-    how = objective.pairs or "best-worst"
-    packs = [batch.pack([examples[g] for g in work.groups], work.counted, how).to(device) for work in works]
-    if partners is None:
-        return packs, packs
-    strangers = []
-    for work in works:
-        groups = [batch.mismatched(examples[g], examples[partners[g]], args.max_length) for g in work.groups]
-        strangers.append(batch.pack(groups, work.counted).to(device))
-    return packs, strangers
-
-
 @torch.no_grad()
 def evaluate(
     objective: Objective,
@@ -246,7 +227,8 @@ def evaluate(
     keys = [example.prompt_key for example in examples]
     partners = batch.partners(keys, range(len(keys))) if objective.mismatches else None
     works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
-    packs, strangers = make_packs(objective, examples, works, partners, args, device)
+    how = objective.pairs or "best-worst"
+    packs, strangers = batch.packs(examples, works, partners, args.max_length, how, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
     tallies = []
     for pack, found in zip(packs, founds):
@@ -310,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer.pad_token_id = chat.padding_id(tokenizer)
             model.add_score(policy, args.model, tokenizer.pad_token_id)
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
-    model.stop_at(policy, encode.stop_ids(train, template))
+    model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
     if reference is not None:
@@ -338,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.rewind_log(args.out, start)
         tokenizer.save_pretrained(f"{args.out}/tokenizer")
         policy.lm.generation_config.to_json_file(f"{args.out}/tokenizer/generation_config.json")
-    unit = objective.batch_unit
+    unit, how = objective.batch_unit, objective.pairs or "best-worst"
     long = units[units > args.batch_size]  # of lists, which are not split
     if len(long):
         say(f"{len(long)} of {len(units)} lists have up to {long.max()} {unit}: a step with one is as large")
@@ -346,6 +328,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     config.write_status(args, rank, "running", start)
     log = functools.partial(config.write_row, args, rank, total)
+    asked = evaluated[: args.sample_prompts]
+    show = functools.partial(generation.show, policy, asked, [], tokenizer, template, args.out)
 
     for step in range(start, total):
         visit, update = divmod(step, args.ppo_epochs)  # optimiser steps on the same batch
@@ -362,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
             row = evaluate(objective, policy, reference, evaluated, delta, args, device)
             log(row | {"step": step})
+            show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last, extra)
 
@@ -371,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             works = shares[rank]
             counted = [g for share in shares for work in share if work.counted for g in work.groups]
             number = sum(objective.units(train[group]) for group in counted)
-            packs, strangers = make_packs(objective, train, works, partners, args, device)
+            packs, strangers = batch.packs(train, works, partners, args.max_length, how, device)
             # (A) frozen: what the loss may not change
             with torch.no_grad():
                 states = [hidden_states(reference, pack) if reference else None for pack in packs]  # (N, D)
@@ -412,6 +397,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if evaluated:
         delta = running_mean(running, device)  # ()
         log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": total})
+        show(total)
     if total > 0:
         if args.save_every:
             checkpoint.save(args.out, total, policy, optimizer, made, args.keep_last, extra)

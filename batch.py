@@ -3,6 +3,7 @@
     pack           Encoded, ... -> Pack (one row of ids without padding, and the indices the head and losses
     need)
     mismatched     an example's prompt with the next one's answers, for KTO's estimate of the KL
+    packs          the micro-batches of a rank
     plan           lengths -> every optimiser step's groups, rank by rank, micro-batch by micro-batch
 
 Left out: groups split over micro-batches or ranks.
@@ -158,6 +159,26 @@ def mismatched(example: Encoded, other: Encoded, max_length: int) -> Encoded:
     if not example.prompt:
         masks = [[False, *mask[1:]] for mask in masks]  # nothing predicts the first token of all
     return example._replace(completions=completions, trained=masks)
+
+
+def packs(
+    examples: Sequence[Encoded],
+    works: Sequence["Work"],
+    partners: np.ndarray | None,
+    max_length: int,
+    how: str,
+    device: torch.device,
+) -> tuple[list[Pack], list[Pack]]:
+    """The micro-batches of a rank, and their prompts with the answers of their partners' (or, without
+    partners, the same again); `how` are pairs made."""
+    found = [pack([examples[g] for g in work.groups], work.counted, how).to(device) for work in works]
+    if partners is None:
+        return found, found
+    strangers = []
+    for work in works:
+        groups = [mismatched(examples[g], examples[partners[g]], max_length) for g in work.groups]
+        strangers.append(pack(groups, work.counted).to(device))
+    return found, strangers
 
 
 def plan(

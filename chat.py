@@ -3,6 +3,7 @@
     chat_template      the template a flag names, and what a trial shows of it
     render, opening    turns -> text: a conversation, what sampling would start from
     ids, ids_within    text -> token ids: of a beginning, of what follows other text
+    answer_text        token ids -> what a sampled answer says
 
 Nothing here knows an Example: encode.py does.
 """
@@ -333,3 +334,34 @@ def padding_id(tokenizer: Any) -> int:
     if found is None:
         raise ValueError("tokenizer has neither a padding nor an eos token, and a classifier needs one")
     return found
+
+
+# ---- ids -> text
+# --------------------------------------------------------------------------------------------------------
+
+
+def lead(tokenizer: Any, turns: list[Turn], template: Template, rendering: dict[str, Any]) -> str:
+    """What the template writes between the header of an answer and what the answer says."""
+    if not turns or turns[-1]["role"] == "assistant":
+        return ""
+    opened = opening(tokenizer, turns, template, rendering)
+    try:
+        answer = {"role": "assistant", "content": ""}
+        before = around(tokenizer, [*turns, answer], template, False, rendering)[0]
+    except ValueError:  # it does not write an answer as it stands
+        return ""
+    return before[len(opened) :] if before.startswith(opened) else ""
+
+
+def answer_text(
+    tokenizer: Any, prompt: list[int], answer: list[int], template: Template, lead: str = ""
+) -> str:
+    """What an answer says: the text of its ids as it stands after the prompt's, without tokens that begin or
+    end text or turns, and without what the template writes around it."""
+    kept = [id for id in answer if id not in template.special_ids]
+    before = prompt[-4:]  # some tokenizers drop a space at the beginning of a text
+    shown, text = (
+        tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (before, before + kept)
+    )
+    ending = template.ending[: len(template.ending) - len(template.ending.lstrip())]
+    return text[len(shown) :].removeprefix(lead).removesuffix(ending)

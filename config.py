@@ -152,7 +152,7 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
 HOW_FLAGS = (
     "out", "resume", "save_every", "keep_last", "log_every", "device", "token_cache", "trust_remote_code",
     "strict_data", "tokens_per_microbatch", "activation_checkpointing", "eval_data", "eval_every",
-    "eval_examples",
+    "eval_examples", "sample_prompts",
 )  # fmt: skip
 # What a resumed run may change: that, and how long and how fast it goes on.
 FREE_FLAGS = (

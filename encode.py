@@ -128,6 +128,19 @@ def encode_turns(
     return usable or groups[0]
 
 
+def prompt_ids(
+    example: Example, tokenizer: Any, max_prompt_length: int, template: Template
+) -> list[int] | str:
+    """What sampling starts from: the ids that `encode` puts before an answer to this prompt; or the reason
+    why there are none."""
+    try:
+        _refuse_reserved(example._replace(completions=[]), template)
+        found = _fitting_prompt(example, tokenizer, max_prompt_length, template)[1]
+    except ValueError as error:
+        return str(error)
+    return found or "an empty prompt, and the tokenizer has no token that begins a text"
+
+
 def encode_conditioned(
     example: Example, tokenizer: Any, max_length: int, max_prompt_length: int, template: Template
 ) -> Encoded | str:
@@ -216,10 +229,7 @@ def _encode(
     if not example.completions:
         return "it has no answer"
     _refuse_reserved(example, template)
-    opened = opened or _opened(example, tokenizer, max_prompt_length, template)
-    prompt_text, prompt = opened or _cut_prompt(example, tokenizer, max_prompt_length, template)
-    if len(prompt) > max_prompt_length:
-        return "nothing of the prompt fits"
+    prompt_text, prompt = opened or _fitting_prompt(example, tokenizer, max_prompt_length, template)
     budget = max(0, max_length - len(prompt))
     completions = []
     masks = []
@@ -299,6 +309,17 @@ def _first_that_fits(starts: Sequence[int], attempt: Callable[[int], Any]) -> An
         else:
             found, high = result, middle
     return found
+
+
+def _fitting_prompt(
+    example: Example, tokenizer: Any, limit: int, template: Template
+) -> tuple[str, list[int]]:
+    """The whole text of a prompt and at most `limit` ids of it. Raises ValueError."""
+    found = _opened(example, tokenizer, limit, template)
+    text, ids = found or _cut_prompt(example, tokenizer, limit, template)
+    if len(ids) > limit:
+        raise ValueError("nothing of the prompt fits")
+    return text, ids
 
 
 def _opened(example: Example, tokenizer: Any, limit: int, template: Template) -> tuple[str, list[int]] | None:
@@ -423,10 +444,3 @@ def _added(before: str, after: str, otherwise: str) -> str:
     if not after.startswith(before):
         raise ValueError(otherwise)
     return after[len(before) :]
-
-
-def stop_ids(examples: Sequence[Encoded], template: Template) -> list[int]:
-    """The tokens that end the answers which were not cut, of some examples: where generation must stop."""
-    some = [examples[index] for index in range(min(len(examples), 256))]
-    ends = {ids[-1] for example in some for ids in example.completions}
-    return sorted(ends & template.special_ids)

@@ -7,10 +7,11 @@ refuses one for which packing is not exact. Left out: encoder-decoders, images, 
 attention code of their own.
 """
 
+import contextlib
 import copy
 import os
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from safetensors.torch import load_file
@@ -45,6 +46,17 @@ class LanguageModel(nn.Module):
         body = self.lm.base_model
         states = body(input_ids=ids, position_ids=positions, layout=layout, use_cache=False).last_hidden_state
         return states[0].index_select(0, predict)
+
+    def generate(self, answers: Callable[[nn.Module], Any]) -> Any:
+        """What `answers` makes of transformers' model, on its own attention with a cache. An entry point like
+        `forward`, so that FSDP gathers and frees around it; reshard after it."""
+        self.lm.eval()
+        self.lm.set_attn_implementation("eager")  # every architecture has that, soft-caps included
+        try:
+            return answers(self.lm)
+        finally:
+            self.lm.set_attn_implementation(attention.NAME)
+            self.lm.train()
 
     @property
     def head(self) -> vocab.Head:
@@ -91,39 +103,30 @@ def load(
     """
     trust = {"trust_remote_code": trust_remote_code}
     options = {**trust, **_local(path)}
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its report of missing weights is ours
-    try:
+    with _one_line(path):
         config = AutoConfig.from_pretrained(path, **options)
         if weights == "random":
             torch.manual_seed(seed)
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
         else:
-            lm, report = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-            scorer = any("ForSequenceClassification" in name for name in config.architectures or ())
-            if scorer and not reward_model:
-                raise ValueError("a classifier, not a language model")
-            _untie(lm)
-            head = {f"lm_head.{kind}" for kind in ("weight", "bias")} if scorer else set()
-            _refuse_missing(path, {**report, "missing_keys": set(report["missing_keys"]) - head}, lm)
-    except Exception as error:  # a dozen unrelated types for a directory that is not a model
-        what = str(error).strip() or type(error).__name__
-        raise ValueError(f"{path}: {what.splitlines()[0].removeprefix(f'{path}: ')}") from error
-    finally:
-        transformers_logging.set_verbosity(before)
+            lm = _from_pretrained(path, config, torch.float32, options, reward_model)
     _grow(lm, vocabulary)
     _check_positions(path, lm.config.get_text_config(), max_length)
     _disable_dropout(lm)
     model = LanguageModel(lm)
     _check_packing(path, model, max_length)
     return _cast(model, dtype)
+
+
+def load_plain(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """transformers' own model, to generate with: in evaluation mode, on its own attention. A directory with
+    an adapter is its base model with the adapter merged. Raises ValueError as `load` does."""
+    options = {"trust_remote_code": trust_remote_code, **_local(path)}
+    if (Path(path) / "adapter_config.json").exists():
+        return _merged(path, dtype, trust_remote_code)
+    with _one_line(path):
+        config = AutoConfig.from_pretrained(path, **options)
+        return _from_pretrained(path, config, dtype, options, False).eval()
 
 
 def copied(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
@@ -228,6 +231,60 @@ def _cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     for parameter in model.parameters():  # not model.to(): rotary frequencies stay fp32, as under FSDP
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+@contextlib.contextmanager
+def _one_line(path: str) -> Iterator[None]:
+    """Whatever goes wrong within, a dozen unrelated types for a directory that is not a model, is a
+    ValueError of one line; transformers itself says nothing."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its report of missing weights is ours
+    try:
+        yield
+    except Exception as error:
+        what = str(error).strip() or type(error).__name__
+        raise ValueError(f"{path}: {what.splitlines()[0].removeprefix(f'{path}: ')}") from error
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _from_pretrained(
+    path: str, config: Any, dtype: torch.dtype, options: dict[str, Any], reward_model: bool
+) -> nn.Module:
+    """A language model with every weight of it. Raises ValueError."""
+    lm, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    scorer = any("ForSequenceClassification" in name for name in config.architectures or ())
+    if scorer and not reward_model:
+        raise ValueError("a classifier, not a language model")
+    _untie(lm)
+    head = {f"lm_head.{kind}" for kind in ("weight", "bias")} if scorer else set()
+    _refuse_missing(path, {**report, "missing_keys": set(report["missing_keys"]) - head}, lm)
+    return lm
+
+
+def _merged(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The base model of peft's adapter directory, the adapter merged into it in fp32."""
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(f"{path} holds an adapter, which takes peft (pip install peft)") from None
+    with _one_line(path):
+        if not (Path(path) / "adapter_model.safetensors").exists():
+            raise ValueError("no adapter_model.safetensors (pickle .bin files are not loaded)")
+        base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+        if not base:
+            raise ValueError('adapter_config.json has no "base_model_name_or_path"')
+    lm = load_plain(base, torch.float32, trust_remote_code)
+    with _one_line(path):
+        merged = peft.PeftModel.from_pretrained(lm, path, local_files_only=True).merge_and_unload()
+    return merged.to(dtype).eval()
 
 
 def _local(path: str) -> dict[str, bool]:

@@ -8,7 +8,7 @@ pair or a ranked list, or on plain text; with `--method csft` on all completions
 that says whether it is desirable, which sampling then asks for. The sum over tokens is divided by the number
 of trained tokens of the whole step.
 
-Left out: LoRA, sampling during training.
+Left out: LoRA.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import config
 import data
 import encode
 import fsdp
+import generation
 import losses
 import model
 import ranking
@@ -63,6 +64,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--activation-checkpointing", choices=("none", "selective", "full"), default="full")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
+    add("--sample-prompts", type=config.count_or_zero, default=0, help="held out, answered at evaluation")
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
     config.add_run_flags(made)
@@ -157,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         model.check_vocabulary(tokenizer, policy)
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
-    model.stop_at(policy, encode.stop_ids(train, template))
+    model.stop_at(policy, generation.trained_stops(train, template))
     if args.method == "csft":
         tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + chat.ASK_FOR_GOOD
     model.checkpoint_activations(policy, args.activation_checkpointing)
@@ -181,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     config.write_status(args, rank, "running", start)
     log = functools.partial(config.write_row, args, rank, total)
+    ask = tokenizer.convert_tokens_to_ids(list(chat.CONTROL_TOKENS)[: args.method == "csft"])
+    asked = evaluated[: args.sample_prompts]
+    show = functools.partial(generation.show, policy, asked, ask, tokenizer, template, args.out)
 
     for step in range(start, total):
         epoch, index = divmod(step, steps_per_epoch)
@@ -193,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             group["lr"] = learning_rate(step, total, args)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
             log(evaluate(policy, evaluated, args, device) | {"step": step})
+            show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last)
 
@@ -228,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if evaluated:
         log(evaluate(policy, evaluated, args, device) | {"step": total})
+        show(total)
     if total > 0:
         if args.save_every:
             checkpoint.save(args.out, total, policy, optimizer, made, args.keep_last)

@@ -123,25 +123,26 @@ def run_row(args: argparse.Namespace, label: str, steps: int, *wrapper: str) -> 
 def profile_last_step(argv: list[str]) -> None:
     """align.py with its last step under the profiler; prints the seconds of each kind of work as JSON."""
     import align
+    import batch
     import config
 
     steps = int(argv[argv.index("--steps") + 1])
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    make_packs, write_row = align.make_packs, config.write_row
+    packs, write_row = batch.packs, config.write_row
     calls = []
 
     def begin(*parts):  # noqa: ANN002, ANN202
         calls.append(parts)
         if len(calls) == steps:
             profiler.start()
-        return make_packs(*parts)
+        return packs(*parts)
 
     def end(*parts):  # noqa: ANN002, ANN202
         if len(calls) == steps:
             profiler.stop()
         return write_row(*parts)
 
-    align.make_packs, config.write_row = begin, end
+    batch.packs, config.write_row = begin, end
     align.main(argv)
     found = dict.fromkeys([*KINDS, "the rest: dispatch, Python, hooks"], 0.0)
     for event in profiler.key_averages():

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 import batch
 import chat
 import encode
+import generation
 from formats import Example
 
 
@@ -633,13 +634,13 @@ def test_the_ends_of_the_answers(tokenizer, own, template_of):
     tokenizer.eos_token = "<|endoftext|>"
     template = chat.chat_template(tokenizer, None)
     found = [encode.encode(example("q", "a", "b c d"), tokenizer, 99, 50, template) for _ in range(3)]
-    assert encode.stop_ids(found, template) == [2]
+    assert generation.trained_stops(found, template) == [2]
     text = [encode.encode(example([], "some text"), tokenizer, 99, 50, template)]
-    assert encode.stop_ids([*found, *text], template) == [0, 2]
+    assert generation.trained_stops([*found, *text], template) == [0, 2]
     cut = [encode.encode(example("q", "a b c d e", "b c d e f g"), tokenizer, 10, 9, template)]
-    assert encode.stop_ids(cut, template) == []
+    assert generation.trained_stops(cut, template) == []
     trims = chat.chat_template(tokenizer, "plain")
-    assert encode.stop_ids([encode.encode(example("q", "a"), tokenizer, 99, 50, trims)], trims) == [0]
+    assert generation.trained_stops([encode.encode(example("q", "a"), tokenizer, 99, 50, trims)], trims) == [0]
 
 
 def test_equal_prompts_have_one_key(tokenizer, own):

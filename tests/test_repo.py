@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "files"}
 EVERYTHING |= {"formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk", "store"}
-EVERYTHING |= {"values", "vocab"}
+EVERYTHING |= {"generation", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"objective"},
     "align": EVERYTHING,
@@ -41,12 +41,14 @@ MAY_IMPORT = {
     "checkpoint": {"fsdp"},
     "config": set(),
     "parts": {"config"},
+    "generation": {"chat", "encode", "fsdp"},
+    "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "model", "parts"},
 }
 # Sequence: the examples of arrays.py. A class decorated with @dataclass is a record and needs no base.
 CLASS_BASES = {"Sequence", "NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
 # formats: one function a row layout, losses: one a loss, and none needs another to be read
 # preview: a sixth is the HTML and CSS of its page
-BUDGET = {"align": 360, "encode": 330, "formats": 350, "losses": 330, "preview": 340}
+BUDGET = {"align": 360, "encode": 340, "formats": 350, "losses": 330, "preview": 340}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
