@@ -357,11 +357,14 @@ def answer_text(
     tokenizer: Any, prompt: list[int], answer: list[int], template: Template, lead: str = ""
 ) -> str:
     """What an answer says: the text of its ids as it stands after the prompt's, without tokens that begin or
-    end text or turns, and without what the template writes around it."""
+    end text or turns, and without what the template writes around it; up to the end of a turn where the
+    template spells that in letters, which generation does not stop at."""
     kept = [id for id in answer if id not in template.special_ids]
     before = prompt[-4:]  # some tokenizers drop a space at the beginning of a text
     shown, text = (
-        tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (before, before + kept)
+        tokenizer.decode(some, clean_up_tokenization_spaces=False) for some in (before, before + kept)
     )
-    ending = template.ending[: len(template.ending) - len(template.ending.lstrip())]
-    return text[len(shown) :].removeprefix(lead).removesuffix(ending)
+    text, ending = text[len(shown) :].removeprefix(lead), template.ending
+    if ending.strip() and not template.special_ids.intersection(ids(tokenizer, ending)):
+        return text.partition(ending.rstrip())[0]
+    return text.removesuffix(ending[: len(ending) - len(ending.lstrip())])

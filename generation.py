@@ -50,7 +50,7 @@ def generate(
     how: Sampling,
     together: bool = False,
 ) -> list[list[int]]:
-    """An answer to each prompt: its ids up to and with the first of `stop`, at most how.max_new_tokens.
+    """An answer to each prompt: its ids up to the first of `stop`, at most how.max_new_tokens.
 
     `lm` is a transformers model in evaluation mode, `seeds` whole numbers, one an answer. `together`: all
     ranks go on until the last one is done, as a sharded model needs. What the model's generation_config says
@@ -77,7 +77,7 @@ def generate(
         )  # (B, P + new)
     finally:
         lm.generation_config = own
-    return [_ended(answer, stop) for answer in found[:, width:].tolist()]
+    return [before(answer, stop) for answer in found[:, width:].tolist()]
 
 
 def show(
@@ -137,10 +137,10 @@ def _race(how: Sampling, seeds: Sequence[int], device: torch.device) -> Callable
     return race
 
 
-def _ended(ids: list[int], stop: Sequence[int]) -> list[int]:
-    """Up to and with the first of `stop`: what follows it is padding."""
+def before(ids: list[int], stop: Sequence[int]) -> list[int]:
+    """Up to the first of `stop`: what follows it is padding."""
     ends = [ids.index(id) for id in stop if id in ids]
-    return ids[: min(ends) + 1] if ends else ids
+    return ids[: min(ends)] if ends else ids
 
 
 def stops(lm: Any, tokenizer: Any, template: chat.Template) -> list[int]:

@@ -46,15 +46,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = made.add_argument
     # fmt: off
     add("--model", required=True, help="a model directory, one with a LoRA adapter, or a hub name")
-    add("--data", required=True, nargs="+", help="where prompts are: files, folders, NAME, NAME=DIR, org/name")
+    add("--data", required=True, nargs="+", help="prompts: files, folders, NAME, NAME=DIR, org/name")
     add("--split", default="train", help="of --data")
     add("--out", required=True, help="the file to write")
     add("--format", choices=("rows", "alpaca_eval"), default="rows", help="alpaca_eval: what its judge reads")
     add("--prompts", type=config.count, default=None, help="only the first so many; None: all")
     add("--answers", "--n", type=config.count, default=1, help="to a prompt (torchrun takes no --n)")
     add("--max-new-tokens", type=config.count, default=256, help="of an answer")
-    add("--max-prompt-length", type=config.count, default=256, help="tokens; a longer one loses its beginning")
-    add("--prompt-tokens", type=config.count, default=None, help="of plain text: its first 2 to so many")
+    add("--max-prompt-length", type=config.count, default=256, help="tokens; the beginning is cut")
+    add("--prompt-tokens", type=config.count, default=None, help="of plain text: its first 2 to that")
     add("--temperature", type=config.not_negative, default=1.0, help="0: the most probable token")
     add("--top-p", type=config.positive, default=1.0, help="tokens that hold this mass together; 1: all")
     add("--top-k", type=config.count_or_zero, default=0, help="tokens; 0: all")
@@ -192,12 +192,13 @@ def vllm_engine(
     )
     lm = argparse.Namespace(config=made.llm_engine.model_config.hf_config, generation_config=None)
     common = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or -1}
-    common |= {"max_tokens": args.max_new_tokens, "stop_token_ids": generation.stops(lm, tokenizer, template)}
+    stop = generation.stops(lm, tokenizer, template)
+    common |= {"max_tokens": args.max_new_tokens, "stop_token_ids": stop}
 
     def answers(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         how = [vllm.SamplingParams(seed=seed % 2**31, detokenize=False, **common) for seed in seeds]
         found = made.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
-        return [list(answer.outputs[0].token_ids) for answer in found]
+        return [generation.before(list(answer.outputs[0].token_ids), stop) for answer in found]
 
     return answers
 
@@ -218,10 +219,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if next(asked(args, tokenizer, template, left_out), None) is None:
             reasons = "; ".join(f"{number} rows: {why}" for why, number in left_out.items())
             raise ValueError(f"{' '.join(args.data)}: no prompt in it ({reasons})")
-        lock = parts.begin(args.out, vars(args) | states) if rank == 0 else None  # noqa: F841  held to the end
-        fsdp.barrier()
         engine = vllm_engine if args.engine == "vllm" else transformers_engine
         answers = engine(args, tokenizer, template, device)
+        lock = parts.begin(args.out, vars(args) | states) if rank == 0 else None  # noqa: F841  held
+        fsdp.barrier()
         left_out = Counter()
         prompts = islice(asked(args, tokenizer, template, left_out), args.prompts)
         quiet = rank != 0 or not sys.stderr.isatty()
