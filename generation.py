@@ -102,7 +102,7 @@ def show(
     answers = policy.generate(
         lambda lm: generate(lm, prompts, range(len(prompts)), stop, how, together=world_size > 1)
     )
-    policy.reshard()  # what the optimiser writes next must be gathered anew
+    policy.reshard()  # no backward will
     if rank:
         return
     lines = [f"step {step}, temperature 1, at most {SHOWN_TOKENS} tokens\n"]

@@ -13,6 +13,8 @@ bash run.sh            set up, then the demo: SFT of a tiny model, then dpo, tdp
                        bundled Anthropic HH sample; ends with a table and a figure. Finished stages are skipped.
 bash run.sh test       set up, then the test suite; further arguments go to pytest
 bash run.sh setup      only make .venv and install requirements.txt
+bash run.sh loop       three rounds of sample, label, align on the tiny model's own answers: a table, a figure and
+                       runs/loop/samples.html, the answers before and after each round (SEED=1, LOSS=ra_dpo1)
 bash run.sh bench      every table of bench/README.md on SmolLM2-135M: about half an hour on 2 cores, into runs/bench
 bash run.sh step       the time and memory of one step: bench/step.py (all of these fetch the model, 93 MB)
 bash run.sh exact      the errors of logp, kl and cvar against fp64 on SmolLM2-135M: bench/exact.py
@@ -57,6 +59,35 @@ demo() {
     .venv/bin/python plot.py "$RUNS"/{dpo,tdpo1,ra_dpo1,ra_dpo2} --out "$RUNS/comparison.png"
 }
 
+# The loop on one's own answers: SFT, then three times sample, label, align; the score is examples/loop.py's.
+loop() {
+    local out=${LOOP:-runs/loop} seed=${SEED:-0} loss=${LOSS:-dpo} from round
+    local py=.venv/bin/python quick="--max-new-tokens 48 --max-prompt-length 128 --batch-size 64 --seed $seed"
+    launch sft.py configs/demo_sft.toml --out "$out/sft" --seed "$seed" --resume auto
+    # heldout DIR MODEL: answers to prompts that no round trains on, their scores, and how far they are from SFT
+    heldout() {
+        launch sample.py --model "$2" --data examples/hh_test.jsonl --answers 4 --out "$1/answers.jsonl" $quick
+        PYTHONPATH=examples $py label.py --data "$1/answers.jsonl" --by loop:score --out "$1/heldout.jsonl"
+        [ "$2" = "$out/sft/final" ] || [ -f "$1/drift/status.json" ] || launch align.py --model "$2" \
+            --reference "$out/sft/final" --data "$1/heldout.jsonl" --eval-data "$1/heldout.jsonl" --loss kto_zero \
+            --beta 1 --steps 0 --eval-examples 1000 --dtype float32 --out "$1/drift"
+    }
+    heldout "$out/sft" "$out/sft/final"
+    from=$out/sft/final
+    for round in 1 2 3; do
+        local dir=$out/round-$round
+        launch sample.py --model "$from" --data examples/hh_train.jsonl --prompts "${PROMPTS:-800}" --answers 4 \
+            --out "$dir/train.jsonl" $quick --seed "$((seed + 100 * round))"
+        PYTHONPATH=examples $py label.py --data "$dir/train.jsonl" --by loop:score --pairs best-worst \
+            --out "$dir/pairs.jsonl"
+        launch align.py configs/demo.toml --model "$from" --data "$dir/pairs.jsonl" --loss "$loss" --seed "$seed" \
+            --sample-prompts 8 --out "$dir" --resume auto
+        heldout "$dir" "$dir/final"
+        from=$dir/final
+    done
+    $py examples/loop.py "$out/sft" "$out"/round-{1,2,3} --out "$out"
+}
+
 smollm2() {
     .venv/bin/python -c "import gguf, accelerate" 2>/dev/null || .venv/bin/python -m pip install --quiet gguf accelerate
     .venv/bin/python examples/get_smollm2.py models/smollm2
@@ -82,6 +113,7 @@ case "$mode" in
     help | -h | --help) usage ;;
     setup) setup ;;
     demo) setup && demo ;;
+    loop) setup && loop ;;
     test) setup && OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} .venv/bin/python -m pytest -q "$@" ;;
     bench) setup && smollm2 && bench ;;
     step) setup && smollm2 && .venv/bin/python bench/step.py --model models/smollm2 "$@" ;;

@@ -365,8 +365,8 @@ def test_mistakes_are_one_line(saved, tmp_path, what, capsys):
 
 
 def test_samples_during_training_change_nothing(saved, tmp_path):
-    """Through FSDP, two processes write what one does, and the weights are those of a run without. red: no
-    `policy.reshard()` (the next step trains on old weights); the model left on its own attention."""
+    """Through FSDP, two processes write what one does, and the weights are those of a run without. red: the
+    model left on its own attention, or in evaluation mode; `torch.manual_seed` for the noise."""
     flags = ["--model", saved, "--data", HH, "--eval-data", HH, "--batch-size", 4, "--steps", 4, "--eval-every", 2]
     flags += ["--eval-examples", 4, "--dtype", "float32", "--device", "cpu", "--max-length", 64, "--lr", "3e-2"]
     runs = {"with": (1, 2), "two": (2, 2), "without": (1, 0)}
