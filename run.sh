@@ -15,6 +15,8 @@ bash run.sh test       set up, then the test suite; further arguments go to pyte
 bash run.sh setup      only make .venv and install requirements.txt
 bash run.sh loop       three rounds of sample, label, align on the tiny model's own answers: a table, a figure and
                        runs/loop/samples.html, the answers before and after each round (SEED=1, LOSS=ra_dpo1)
+bash run.sh imdb       the published experiment on sentiment: SFT of GPT-2 Large on IMDb, samples, a classifier's
+                       preferences, dpo, tdpo and ra_dpo at three levels, their samples' scores (GPUs; --small: a trial)
 bash run.sh bench      every table of bench/README.md on SmolLM2-135M: about half an hour on 2 cores, into runs/bench
 bash run.sh step       the time and memory of one step: bench/step.py (all of these fetch the model, 93 MB)
 bash run.sh exact      the errors of logp, kl and cvar against fp64 on SmolLM2-135M: bench/exact.py
@@ -88,6 +90,34 @@ loop() {
     $py examples/loop.py "$out/sft" "$out"/round-{1,2,3} --out "$out"
 }
 
+# The published experiment on sentiment, with its own names; others' in IMDB_MODEL, IMDB_DATA, IMDB_CLASSIFIER.
+imdb() {
+    local out=${RUNS_IMDB:-runs/imdb} by=${IMDB_CLASSIFIER:-siebert/sentiment-roberta-large-english} method split dir
+    local data=${IMDB_DATA:-imdb} py=.venv/bin/python prompts=10000 held=1000 small="" tokens=64
+    local methods=(dpo tdpo1 tdpo2 "ra_dpo1 --confidence-level "{0.97,0.98,0.99} "ra_dpo2 --confidence-level 0.97")
+    if [ "${1:-}" = --small ]; then
+        prompts=24 held=16 small="--steps 4 --warmup-steps 1 --max-length 64 --batch-size 8" tokens=12
+        methods=("ra_dpo1 --confidence-level 0.97")
+    fi
+    local how="--chat-template none --prompt-tokens 8 --answers 4 --max-new-tokens $tokens --max-prompt-length 16"
+    launch sft.py configs/imdb_gpt2_large_sft.toml --model "${IMDB_MODEL:-openai-community/gpt2-large}" \
+        --data "$data" --out "$out/sft" --resume auto $small
+    for split in train test; do
+        launch sample.py --model "$out/sft/final" --data "$data" --split $split $how \
+            --prompts "$([ $split = train ] && echo $prompts || echo $held)" --out "$out/answers_$split.jsonl"
+        $py label.py --data "$out/answers_$split.jsonl" --by "$by" --label POSITIVE --pairs best-worst \
+            --out "$out/pairs_$split.jsonl"
+    done
+    for method in "${methods[@]}"; do
+        dir=$out/${method// --confidence-level /_}
+        launch align.py configs/imdb_gpt2_large.toml --model "$out/sft/final" --data "$out/pairs_train.jsonl" \
+            --eval-data "$out/pairs_test.jsonl" --loss $method --out "$dir" --resume auto $small
+        launch sample.py --model "$dir/final" --data "$data" --split test --prompts $held $how --out "$dir/answers.jsonl"
+        $py label.py --data "$dir/answers.jsonl" --by "$by" --label POSITIVE --score-only | tee "$dir/scores.md"
+    done
+    $py plot.py "$out"/*dpo*/ --out "$out/comparison.png"
+}
+
 smollm2() {
     .venv/bin/python -c "import gguf, accelerate" 2>/dev/null || .venv/bin/python -m pip install --quiet gguf accelerate
     .venv/bin/python examples/get_smollm2.py models/smollm2
@@ -114,6 +144,7 @@ case "$mode" in
     setup) setup ;;
     demo) setup && demo ;;
     loop) setup && loop ;;
+    imdb) setup && imdb "$@" ;;
     test) setup && OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} .venv/bin/python -m pytest -q "$@" ;;
     bench) setup && smollm2 && bench ;;
     step) setup && smollm2 && .venv/bin/python bench/step.py --model models/smollm2 "$@" ;;
