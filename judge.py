@@ -55,8 +55,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     # fmt: on
     scoring.add_flags(made)
     args = config.parse(made, argv)
-    if args.out and not Path(args.out).parent.is_dir():
-        config.fail(f"--out {args.out}", "there is no such folder")
+    if args.out and (Path(args.out).suffix != ".json" or not Path(args.out).parent.is_dir()):
+        config.fail(f"--out {args.out}", "must be FILE.json in a folder that exists")
     return args
 
 

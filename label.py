@@ -10,7 +10,8 @@ scoring.py, or the verdicts of a judge, whom --ask writes the questions for:
     {"first": "17-0", "second": "17-1", "prompt": ..., "answer_first": "...", "answer_second": "..."}   asked
     {"first": "17-0", "second": "17-1", "winner": "first"}                       back; "second" or "tie" too
 
-What is written, by --layout and --pairs (with turns in the place of strings where the prompt is turns):
+What is written, by --layout and --pairs (the prompt a string or turns, as it was; for TRL answers to turns
+are turns):
 
     {"id": "17-0", "prompt": ..., "completion": "...", "score": 0.7}
     {"id": "17-0", "prompt": ..., "completion": "...", "label": true, "score_completion": 0.7}          trl
@@ -90,6 +91,8 @@ def ask(args: argparse.Namespace, found: Iterable[Prompt]) -> int:
     """Write any two answers of each prompt, in both orders, for a judge who prefers a place cancels out then;
     how many questions there are. Raises OSError."""
     path, count = Path(args.ask), 0
+    if path.exists():
+        config.fail(f"--ask {path}", "exists", "choose another")
     beside = path.with_name(f".{path.name}.tmp")
     with open(beside, "w", encoding="utf-8") as file:
         for prompt in found:
@@ -177,9 +180,10 @@ def rows_of(prompt: Prompt, args: argparse.Namespace) -> Iterator[dict[str, Any]
         return
     labels = ranking.desirable(scores)
     for id, answer, score, label in zip(prompt.ids, answers, scores, labels):
-        # one word for both would be two readings of a row
-        given = {"label": label, "score_completion": score} if args.layout == "trl" else {"score": score}
-        yield _row(prompt, id, {"completion": answer}, given)
+        if args.layout == "trl":  # with "score" the row would have two readings
+            yield _row(prompt, id, {"completion": answer}, {"label": label, "score_completion": score})
+        else:
+            yield _row(prompt, id, {"completion": answer}, {"score": score}, as_turns=False)
 
 
 def chosen_pairs(prompt: Prompt, args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -194,17 +198,19 @@ def chosen_pairs(prompt: Prompt, args: argparse.Namespace) -> list[tuple[int, in
     return found
 
 
-def _row(prompt: Prompt, id: str, answers: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | str:
-    """A row that formats.py reads as these very texts, and TRL too: all strings, or all turns."""
-    example = prompt.example
-    if prompt.text is not None and all(isinstance(answer, str) for answer in answers.values()):
-        row = {"id": id, "prompt": prompt.text, **answers, **given}
-    else:
-        turns = {
+def _row(
+    prompt: Prompt, id: str, answers: dict[str, Any], given: dict[str, Any], as_turns: bool = True
+) -> dict[str, Any] | str:
+    """A row that formats.py reads as these very texts. With `as_turns` answers to turns are turns, as TRL
+    wants them: all strings or none."""
+    example, shown = prompt.example, answers
+    strings = prompt.text is not None and all(isinstance(answer, str) for answer in answers.values())
+    if as_turns and not strings:
+        shown = {
             key: [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
             for key, answer in answers.items()
         }
-        row = {"id": id, "prompt": example.prompt, **turns, **given}
+    row = {"id": id, "prompt": prompt.text if strings else example.prompt, **shown, **given}
     rendering = dict(example.rendering)
     row |= {"tools": rendering.pop("tools")} if "tools" in rendering else {}
     row |= {"chat_template_kwargs": rendering} if rendering else {}

@@ -18,6 +18,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_config import ROOT, exit_code, write_model
 from transformers import (
     AutoConfig,
@@ -32,6 +33,7 @@ import data
 import formats
 import judge
 import label
+import parts
 import ranking
 import scoring
 
@@ -163,6 +165,17 @@ def test_a_reward_model_scores_as_plain_transformers_does(root, tmp_path, paddin
     assert [row["score"] for row in scored] == pytest.approx(wanted, abs=2e-5)
 
 
+def test_padding_never_ends_a_row(root):
+    # red: padding = 0; rows padded on the left
+    lm = AutoModelForSequenceClassification.from_pretrained(root / "rm", pad_token_id=None).eval()
+    assert lm.config.pad_token_id is None
+    rows = [[5, 6, 0], [7, 8, 9, 0, 1], [4, 2]]
+    with torch.no_grad():
+        wanted = [lm(torch.tensor([row])).logits.item() for row in rows]
+    assert scoring._logits(lm, rows, None) == pytest.approx(wanted, abs=2e-5)
+    assert lm.config.pad_token_id is None
+
+
 def test_scores_are_what_training_computes(root, tmp_path):
     # red: of what is scored the last token cut off; add_generation_prompt
     rows = [
@@ -278,11 +291,9 @@ def places(root):
     write_model(root / "lm")
     lm = AutoModelForSequenceClassification.from_pretrained(root / "rm")
     shutil.copytree(root / "rm", "headless")
-    del lm.score
-    from safetensors.torch import save_file
-
     weights = {name: value.clone() for name, value in lm.state_dict().items()}
-    save_file(weights, "headless/model.safetensors", {"format": "pt"})
+    without = {name: value for name, value in weights.items() if name != "score.weight"}
+    save_file(without, "headless/model.safetensors", {"format": "pt"})
     shutil.copytree(root / "rm", "pickle", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(weights, "pickle/pytorch_model.bin")
     for answer in ("nan", "word"):
@@ -374,6 +385,10 @@ def test_a_least_margin_and_a_random_pair(root, tmp_path):
     assert found["both"][0] in found["margin"]
     drawn = {tuple(found[f"seed {seed}"]) for seed in range(6)}
     assert len(drawn) > 1 and all(pair[0] in WANTED["all"] and len(pair) == 2 for pair in drawn)
+    alike = [{"id": f"{p}-{k}", "prompt": f"q{p}", "completion": "x" * (k + 1)} for p in range(9) for k in range(3)]
+    many = write_rows(tmp_path / "many.jsonl", alike)
+    assert said(label.main, "--data", many, *common[2:], "random", "--out", tmp_path / "m.jsonl")[0] is None
+    assert len({row["id"][2:4] + row["id"][-1] for row in read_rows(tmp_path / "m.jsonl")}) > 1
     some = write_rows(tmp_path / "some.jsonl", read_rows(file)[:4])  # what else is there changes nothing
     out = tmp_path / "alone.jsonl"
     assert said(label.main, "--data", some, *common[2:], "random", "--seed", 3, "--out", out)[0] is None
@@ -400,7 +415,7 @@ def test_labels_as_trl_reads_them(root, tmp_path):
 def test_what_would_be_read_as_something_else_is_not_written(root, tmp_path):
     # red: without MISREAD
     texts = ["Human: a\n\nAssistant: b", "Human: a\n\nAssistant: bcd"]
-    rows = [{"id": f"0-{index}", "prompt": "q", "completion": text} for index, text in enumerate(texts)]
+    rows = [{"id": f"0-{index}", "prompt": "a", "completion": text} for index, text in enumerate(texts)]
     rows += [{"id": f"1-{index}", "prompt": "q", "completion": text} for index, text in enumerate(["x", "yy"])]
     out = tmp_path / "pairs.jsonl"
     flags = ["--data", write_rows(tmp_path / "a.jsonl", rows), "--by", "label_rules:brevity", "--pairs", "all"]
@@ -459,6 +474,20 @@ def test_the_table_by_hand(root, tmp_path):
     assert table[4][4] == "nan"  # of one prompt
 
 
+def test_a_named_dataset_is_scored_too(root, tmp_path):
+    # red: data.rows for a name
+    asked = "\n\nHuman: q\n\nAssistant: "
+    rows = [{"chosen": asked + better, "rejected": asked + worse} for better, worse in (("a", "bb"), ("cc", "d"))]
+    file = write_rows(tmp_path / "hh.jsonl", [*rows, {"chosen": "x", "rejected": "y"}])
+    out = tmp_path / "scored.jsonl"
+    code, told, _ = said(label.main, "--data", f"hh={file}", "--by", "label_rules:brevity", "--out", out)
+    assert code is None and "left out: 1 roles do not alternate" in told
+    assert [(row["id"], row["completion"], row["score"]) for row in read_rows(out)] == [
+        ("0-0", "a", -1), ("0-1", "bb", -2), ("1-0", "cc", -2), ("1-1", "d", -1)
+    ]  # fmt: skip
+    assert read_rows(out)[0]["prompt"] == [{"role": "user", "content": "q"}]
+
+
 def test_the_lower_tail_splits_the_score_at_its_threshold():
     # red: floor or ceil of share * n; the upper tail
     scores = np.random.default_rng(0).normal(size=50)
@@ -482,6 +511,7 @@ def test_a_judge_is_asked_in_both_orders_and_heard(root, tmp_path):
     asked = tmp_path / "asked.jsonl"
     code, told, _ = said(label.main, "--data", file, "--ask", asked)
     assert code is None and "12 questions" in told
+    assert "exists" in said(label.main, "--data", file, "--ask", file)[2]
     questions = read_rows(asked)
     pairs = [(question["first"], question["second"]) for question in questions]
     assert sorted(pairs) == sorted({(f"{p}-{i}", f"{p}-{j}") for p in (0, 1) for i in range(3) for j in range(3) if i != j})
@@ -559,6 +589,21 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(root, tm
     assert out.read_bytes() == whole.read_bytes() and not folder.exists()
     folder.mkdir()  # a kill after the file stood, and before its parts were gone
     assert "nothing to do" in said(label.main, *flags, "--out", out)[1] and not folder.exists()
+
+
+def test_a_part_or_a_file_is_complete_or_absent(root, tmp_path):
+    # red: a part written in its place; an empty file for nothing
+    out = str(tmp_path / "out.jsonl")
+    lock = parts.begin(out, {})  # noqa: F841
+    with pytest.raises(ZeroDivisionError):
+        parts.write(out, 0, ({"number": 1 / number} for number in (1, 0)))
+    assert not parts.is_done(out, 0)
+    assert "another program is writing it" in said(lambda _: parts.begin(out, {}))[2]
+    file = write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a"}] * 2)
+    flags = ["--data", file, "--by", "label_rules:brevity", "--pairs", "all", "--out", tmp_path / "pairs.jsonl"]
+    code, _, err = said(label.main, *flags)
+    assert code == 2 and "nothing to write (1 prompts without a pair)" in err
+    assert not (tmp_path / "pairs.jsonl").exists()
 
 
 def test_other_flags_or_data_never_go_on_with_what_is_there(root, tmp_path):
@@ -670,6 +715,19 @@ def test_the_intervals_are_those_of_the_bootstrap():
     assert judge.compare(sides, 0) == judge.compare(sides, 0) != judge.compare(sides, 1)
 
 
+def test_a_weight_of_a_prompt_is_how_often_it_counts():
+    # red: answers of a prompt each count as much as those of another; weights left out of a mean or the fit
+    random = np.random.default_rng(3)
+    sides = [
+        [judge.Answers(["x" * k for k in random.integers(1, 30, n)], [*random.normal(size=n)]) for n in sizes]
+        for sizes in (random.integers(1, 5, 40), random.integers(1, 5, 40))
+    ]
+    counts = random.integers(0, 4, 40)
+    again = [[one for one, count in zip(side, counts) for _ in range(count)] for side in sides]
+    weighted = judge.estimates(judge.measures(sides), sides, counts.astype(float))
+    assert weighted == pytest.approx(judge.estimates(judge.measures(again), again, np.ones(counts.sum())))
+
+
 def test_what_cannot_be_compared_is_one_line(root, tmp_path):
     scored = write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a", "score": 1}])
     other = write_rows(tmp_path / "b.jsonl", [{"prompt": "r", "completion": "a", "score": 1}])
@@ -677,7 +735,8 @@ def test_what_cannot_be_compared_is_one_line(root, tmp_path):
     for argv, wanted in {
         (scored, "--against", other): "b.jsonl: no prompt of --data has an answer in it",
         (scored, "--against", bare): "c.jsonl: answers without a score (--by scores them)",
-        (scored, "--against", other, "--out", tmp_path / "no" / "x.json"): "there is no such folder",
+        (scored, "--against", other, "--out", tmp_path / "no" / "x.json"): "must be FILE.json in a folder that exists",
+        (scored, "--against", other, "--out", scored): "must be FILE.json in a folder that exists",
         (scored, "--against", other, "--label", "GOOD"): "--label: --by None is no classifier",
     }.items():
         code, _, err = said(judge.main, "--data", *argv)
