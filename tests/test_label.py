@@ -726,6 +726,9 @@ def test_a_weight_of_a_prompt_is_how_often_it_counts():
     again = [[one for one, count in zip(side, counts) for _ in range(count)] for side in sides]
     weighted = judge.estimates(judge.measures(sides), sides, counts.astype(float))
     assert weighted == pytest.approx(judge.estimates(judge.measures(again), again, np.ones(counts.sum())))
+    one = [judge.Answers(["x"] * 10, [float(k) for k in range(-10, 0)])]
+    side = one + [judge.Answers(["x"], [1.0])] * 9  # a twentieth of ten prompts is half of the first one's answers
+    assert judge.estimates(judge.measures([side, side]), [side, side], np.ones(10))["worst 5 % A"] == pytest.approx(-8)
 
 
 def test_what_cannot_be_compared_is_one_line(root, tmp_path):
