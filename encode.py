@@ -3,6 +3,7 @@
     encode             Example -> Encoded (token ids; the prompt once, each completion with its trained mask)
     encode_turns       the same for conversations that are all trained: one group, or one a turn
     encode_conditioned, encode_rendered      for conditional SFT, for reward models
+    conversation_ids   what a reward model reads
 
 What every encoder keeps to: the prompt's ids are those of the text that sampling starts from; the trained
 ids are the template's own text of the answer and its end of turn, tokenised apart from the prompt, as
@@ -163,12 +164,31 @@ def encode_rendered(
     """Token ids of whole conversations, as a classifier of transformers would read them; for reward models.
 
     Each is the template's rendering, tokenised at once, up to the last token that is not padding: the one
-    AutoModelForSequenceClassification scores. What all begin with is the group's prompt. Conversations that
-    are too long lose their oldest turns (never the system turn); the reason is returned where that is not
-    enough.
+    AutoModelForSequenceClassification scores. What all begin with is the group's prompt.
     """
     if not example.completions:
         return "it has no answer"
+    try:
+        found = conversation_ids(example, tokenizer, max_length, template)
+    except ValueError as error:
+        return str(error)
+    for ids in found:
+        while len(ids) > 2 and ids[-1] == chat.padding_id(tokenizer):
+            ids.pop()
+    if _are_same(example, found):
+        return SAME
+    shared = os.path.commonprefix([ids[:-1] for ids in found])
+    answers = [ids[len(shared) :] for ids in found]
+    trained = [[bool(shared) or index > 0 for index in range(len(ids))] for ids in answers]
+    return _encoded(example, shared, answers, trained, _merge_remark(example, template))
+
+
+def conversation_ids(
+    example: Example, tokenizer: Any, max_length: int, template: Template
+) -> list[list[int]]:
+    """The ids of the template's rendering of the prompt with each completion, tokenised at once: what
+    `apply_chat_template` gives. Conversations that are too long lose their oldest turns (never the system
+    turn). Raises ValueError where that is not enough, and for what the template does not write."""
     system, starts = _whole_turns(example.prompt)
 
     def conversations(start: int) -> list[list[int]] | None:
@@ -186,22 +206,11 @@ def encode_rendered(
             found.append(ids)
         return found
 
-    try:
-        _refuse_reserved(example, template)
-        found = _first_that_fits([len(system), *starts], conversations)
-    except ValueError as error:
-        return str(error)
+    _refuse_reserved(example, template)
+    found = _first_that_fits([len(system), *starts], conversations)
     if found is None:
-        return "the last turn and the answer are longer than --max-length"
-    for ids in found:
-        while len(ids) > 2 and ids[-1] == chat.padding_id(tokenizer):
-            ids.pop()
-    if _are_same(example, found):
-        return SAME
-    shared = os.path.commonprefix([ids[:-1] for ids in found])
-    answers = [ids[len(shared) :] for ids in found]
-    trained = [[bool(shared) or index > 0 for index in range(len(ids))] for ids in answers]
-    return _encoded(example, shared, answers, trained, _merge_remark(example, template))
+        raise ValueError("the last turn and the answer are longer than --max-length")
+    return found
 
 
 def encode_whole(

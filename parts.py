@@ -25,20 +25,16 @@ HOW = ("out", "device", "batch_size", "trust_remote_code")
 
 def check(out: str, settings: dict[str, Any]) -> bool:
     """Is the file finished, and made with these settings? Fails if it was made, or begun, with others; every
-    process may ask this before anything is loaded."""
+    process may ask this before anything is loaded. A setting "X_state" is no flag but changes when what flag
+    --X names does."""
     path = Path(out)
     if path.is_dir() or not path.name:
         config.fail(f"--out {out}", "must be a file")
     if path.exists() and not _about(path).exists():
         config.fail(f"--out {out}", "exists and was not made by this program", "choose another")
-    changed = _changed(path, settings)
-    if changed:
-        key, then, now = changed
-        state = "was made" if path.exists() else "was begun"
-        said = f"{state} with --{key.replace('_', '-')} {then}, this run has {now}"
-        if key in ("data_state", "model_state"):
-            said = f"{state} from another --{key.removesuffix('_state')} than what is there now"
-        config.fail(f"--out {out}", said, f"choose another, or delete {_about(path)}" * (not path.exists()))
+    _refuse_changed(out, settings)
+    if path.exists():
+        shutil.rmtree(folder(out), ignore_errors=True)  # of a kill between the last two steps of `finish`
     return path.exists()
 
 
@@ -53,6 +49,10 @@ def begin(out: str, settings: dict[str, Any]) -> Any:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             config.fail(f"--out {out}", "another program is writing it")
+        _refuse_changed(out, settings)  # again: one with other settings may have begun it since
+        if not _about(path).exists():
+            for part in folder(out).glob("*.jsonl"):  # of settings that somebody deleted
+                part.unlink()
         config.write_json(_about(path), {key: value for key, value in settings.items() if value is not None})
     return lock
 
@@ -97,7 +97,7 @@ def finish(out: str, count: int, lines: Iterable[str] | None = None) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    shutil.rmtree(folder(out))
+    shutil.rmtree(folder(out), ignore_errors=True)
 
 
 def _lines(out: str, count: int) -> Iterable[str]:
@@ -108,6 +108,18 @@ def _lines(out: str, count: int) -> Iterable[str]:
 
 def _about(path: Path) -> Path:
     return path.with_name(f"{path.name}.args.json")
+
+
+def _refuse_changed(out: str, settings: dict[str, Any]) -> None:
+    path = Path(out)
+    changed = _changed(path, settings)
+    if changed:
+        key, then, now = changed
+        state = "was made" if path.exists() else "was begun"
+        said = f"{state} with --{key.replace('_', '-')} {then}, this run has {now}"
+        if key.endswith("_state"):
+            said = f"{state} from another --{key.removesuffix('_state')} than what is there now"
+        config.fail(f"--out {out}", said, f"choose another, or delete {_about(path)}" * (not path.exists()))
 
 
 def _changed(path: Path, settings: dict[str, Any]) -> Sequence[Any] | None:

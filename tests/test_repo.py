@@ -18,6 +18,8 @@ MAY_IMPORT = {
     # align and sft: for their own parse_args and load_examples, lest the preview differs from the training
     "preview": {"align", "sft"}
     | {"arrays", "batch", "chat", "config", "encode", "model", "objective", "ranking"},
+    "label": {"config", "data", "formats", "parts", "ranking", "scoring"},
+    "judge": {"config", "scoring"},
     "plot": set(),
     "losses": set(),
     "risk": set(),
@@ -43,6 +45,7 @@ MAY_IMPORT = {
     "parts": {"config"},
     "generation": {"chat", "encode", "fsdp"},
     "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "model", "parts"},
+    "scoring": {"chat", "config", "data", "encode", "formats", "model", "values"},
 }
 # Sequence: the examples of arrays.py. A class decorated with @dataclass is a record and needs no base.
 CLASS_BASES = {"Sequence", "NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
