@@ -112,46 +112,40 @@ def length_controlled(wins: np.ndarray, differences: np.ndarray, weights: np.nda
     the instruction, which is fitted to the answers of many models; the ridge on w is RIDGE.
     """
     mean = weights @ wins / weights.sum()
-    middle = weights @ differences / weights.sum()
-    deviation = (weights @ (differences - middle) ** 2 / weights.sum()) ** 0.5
+    deviation = np.cov(differences, aweights=weights, ddof=0) ** 0.5
     if mean in (0.0, 1.0) or deviation == 0:  # nothing to tell the two apart by
         return float(mean)
     features = np.stack([np.ones(len(wins)), np.tanh(differences / deviation)], 1)  # (n, 2)
-    quality = logistic(features, wins, weights, np.array([0.0, RIDGE]))[0]
-    return float(sigmoid(quality))
+    return float(sigmoid(logistic(features, wins, weights, np.array([0.0, RIDGE]))[0]))
 
 
 def measures(sides: Sides) -> dict[str, np.ndarray]:
     """Of each prompt: which share of the meetings A wins, and per side the means over answers; all (n,)."""
     wins = [np.heaviside(np.subtract.outer(a.scores, b.scores), 0.5).mean() for a, b in zip(*sides)]
-    found = {"wins": np.array(wins)}
-    for name, side in zip("AB", sides):
-        found[f"mean score {name}"] = np.array([np.mean(one.scores) for one in side])
-        words = [np.mean([len(text.split()) for text in one.texts]) for one in side]
-        found[f"words {name}"] = np.array(words)
-        found[f"characters {name}"] = np.array([np.mean([len(text) for text in one.texts]) for one in side])
-    return found
+    of_answer = {"mean score": lambda one: one.scores}
+    of_answer["words"] = lambda one: [len(text.split()) for text in one.texts]
+    of_answer["characters"] = lambda one: [len(text) for text in one.texts]
+    pairs = [(what, name, side) for name, side in zip("AB", sides) for what in of_answer]
+    means = {f"{what} {name}": [np.mean(of_answer[what](one)) for one in side] for what, name, side in pairs}
+    return {name: np.array(values) for name, values in {"wins": wins, **means}.items()}
 
 
 def estimates(found: dict[str, np.ndarray], sides: Sides, weights: np.ndarray) -> dict[str, float]:
     """Every number of the table that has an interval, each prompt counted as its weight (n,) says."""
     means = {name: float(weights @ values / weights.sum()) for name, values in found.items()}
-    longer = found["characters A"] - found["characters B"]
-    fair = length_controlled(found["wins"], longer, weights)
-    rates = {"win rate": means.pop("wins"), "length-controlled": fair}
+    fair = length_controlled(found["wins"], found["characters A"] - found["characters B"], weights)
     for name, side in zip("AB", sides):
-        scores = np.concatenate([one.scores for one in side])
         sizes = [len(one.scores) for one in side]
         shares = np.repeat(weights / sizes, sizes)  # of a prompt, shared by its answers
-        means[f"worst 5 % {name}"] = scoring.lower_tail(scores, shares)
+        means[f"worst 5 % {name}"] = scoring.lower_tail(np.concatenate([one.scores for one in side]), shares)
     gaps = {name[:-1] + "A - B": means[name] - means[f"{name[:-1]}B"] for name in means if name[-1] == "A"}
-    return rates | means | gaps
+    return {"win rate": means.pop("wins"), "length-controlled": fair, **means, **gaps}
 
 
 def distinct(side: Sequence[Answers], n: int) -> float:
     """Different n-grams of words, as a share of all."""
-    texts = [text.split() for one in side for text in one.texts]
-    grams = [tuple(words[i : i + n]) for words in texts for i in range(len(words) - n + 1)]
+    words = [text.split() for one in side for text in one.texts]
+    grams = [gram for found in words for gram in zip(*[found[start:] for start in range(n)])]
     return len(set(grams)) / max(1, len(grams))
 
 
@@ -160,24 +154,20 @@ def compare(sides: Sides, seed: int) -> dict[str, list[float]]:
     found, count = measures(sides), len(sides[0])
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)  # (R, n)
     again = [estimates(found, sides, weights.astype(float)) for weights in draws]
-    result = {
-        name: [value, *np.quantile([one[name] for one in again], [0.025, 0.975]).tolist()]
-        for name, value in estimates(found, sides, np.ones(count)).items()
-    }
-    grams = {f"distinct-{n} {name}": [distinct(side, n)] for n in (1, 2) for name, side in zip("AB", sides)}
-    return result | grams
+    result = {f"distinct-{n} {name}": [distinct(side, n)] for n in (1, 2) for name, side in zip("AB", sides)}
+    for name, value in estimates(found, sides, np.ones(count)).items():
+        result[name] = [value, *np.quantile([one[name] for one in again], [0.025, 0.975]).tolist()]
+    return result
 
 
 def table(result: dict[str, list[float]]) -> str:
     """The numbers as Markdown."""
     cells = {name: f"{value:.4g}" for name, (value, *_) in result.items()}
     cells |= {name: f"{cells[name]} [{v[1]:.4g}, {v[2]:.4g}]" for name, v in result.items() if len(v) > 1}
-    lines = ["| | A | B | A - B |", "|---|---|---|---|"]
-    lines += [f"| {name}, ties half | {cells[name]} | | |" for name in ("win rate", "length-controlled")]
+    rows = [[f"{name}, ties half", cells[name], "", ""] for name in ("win rate", "length-controlled")]
     for name in [name[:-2] for name in cells if name.endswith(" A")]:
-        row = [name, *(cells.get(f"{name} {side}", "") for side in ("A", "B", "A - B"))]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        rows.append([name, *(cells.get(f"{name} {side}", "") for side in ("A", "B", "A - B"))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [["", "A", "B", "A - B"], ["---"] * 4, *rows])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -191,8 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = compare([[found[key] for key in shared] for found in both], args.seed)
         for side, sources, found in zip("AB", (args.data, args.against), both):
             print(f"{side}: {' '.join(sources)}, {len(shared):,} of its {len(found):,} prompts")
-        print()
-        print(table(result))
+        print("", table(result), sep="\n")
         if args.out:
             config.write_json(Path(args.out), {"prompts": len(shared), **result})
 

@@ -83,7 +83,7 @@ loop() {
         PYTHONPATH=examples $py label.py --data "$dir/train.jsonl" --by loop:score --pairs best-worst \
             --out "$dir/pairs.jsonl"
         launch align.py configs/demo.toml --model "$from" --data "$dir/pairs.jsonl" --loss "$loss" --seed "$seed" \
-            --sample-prompts 8 --out "$dir" --resume auto
+            --lr 3e-5 --sample-prompts 8 --out "$dir" --resume auto
         heldout "$dir" "$dir/final"
         from=$dir/final
     done
@@ -96,7 +96,7 @@ imdb() {
     local data=${IMDB_DATA:-imdb} py=.venv/bin/python prompts=10000 held=1000 small="" tokens=64
     local methods=(dpo tdpo1 tdpo2 "ra_dpo1 --confidence-level "{0.97,0.98,0.99} "ra_dpo2 --confidence-level 0.97")
     if [ "${1:-}" = --small ]; then
-        prompts=24 held=16 small="--steps 4 --warmup-steps 1 --max-length 64 --batch-size 8" tokens=12
+        prompts=24 held=16 small="--steps 4 --warmup-steps 1 --max-length 64 --max-prompt-length 32 --batch-size 8" tokens=12
         methods=("ra_dpo1 --confidence-level 0.97")
     fi
     local how="--chat-template none --prompt-tokens 8 --answers 4 --max-new-tokens $tokens --max-prompt-length 16"
