@@ -36,6 +36,7 @@ import losses
 import model
 import ranking
 import store
+import trackers
 import vocab
 from arrays import Store
 from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_partners, check_start
@@ -258,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     config.check_run(args)
     with config.user_errors():
+        trackers.check(args.log_to)
         objective = make_objective(args)
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
@@ -327,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"start at step {start} of {total}: {args.loss}, {units.sum()} {unit}, {world_size} ranks")
 
     config.write_status(args, rank, "running", start)
+    trackers.start(args, rank, start)
     log = functools.partial(config.write_row, args, rank, total)
     asked = evaluated[: args.sample_prompts]
     show = functools.partial(generation.show, policy, asked, [], tokenizer, template, args.out)
@@ -375,9 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
         if policy.value_head is not None:
             row["value_grad_norm"] = fsdp.clip_gradients(policy.value_head, args.max_value_grad_norm)
-        if not math.isfinite(
-            sum(row[name] for name in ("loss", "grad_norm", "value_grad_norm") if name in row)
-        ):
+        if not math.isfinite(row["loss"] + row["grad_norm"] + row.get("value_grad_norm", 0.0)):
             config.write_status(args, rank, "failed", step)
             config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
         if args.sync_reference_every and (step + 1) % args.sync_reference_every == 0:

@@ -35,6 +35,7 @@ import losses
 import model
 import ranking
 import store
+import trackers
 import vocab
 
 
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     config.check_run(args)
     with config.user_errors():
+        trackers.check(args.log_to)
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
         tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
@@ -182,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} ranks")
 
     config.write_status(args, rank, "running", start)
+    trackers.start(args, rank, start)
     log = functools.partial(config.write_row, args, rank, total)
     ask = tokenizer.convert_tokens_to_ids(list(chat.CONTROL_TOKENS)[: args.method == "csft"])
     asked = evaluated[: args.sample_prompts]

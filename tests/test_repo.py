@@ -13,8 +13,8 @@ EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "d
 EVERYTHING |= {"formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk", "store"}
 EVERYTHING |= {"generation", "values", "vocab"}
 MAY_IMPORT = {
-    "sft": EVERYTHING - {"objective"},
-    "align": EVERYTHING,
+    "sft": EVERYTHING - {"objective"} | {"trackers"},
+    "align": EVERYTHING | {"trackers"},
     # align and sft: for their own parse_args and load_examples, lest the preview differs from the training
     "preview": {"align", "sft"}
     | {"arrays", "batch", "chat", "config", "encode", "model", "objective", "ranking"},
@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "generation": {"chat", "encode", "fsdp"},
     "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "model", "parts"},
     "scoring": {"chat", "config", "data", "encode", "formats", "model", "values"},
+    "trackers": set(),
 }
 # Sequence: the examples of arrays.py. A class decorated with @dataclass is a record and needs no base.
 CLASS_BASES = {"Sequence", "NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
