@@ -34,6 +34,7 @@ import fsdp
 import generation
 import losses
 import model
+import progress
 import ranking
 import store
 import trackers
@@ -232,7 +233,7 @@ def evaluate(
     packs, strangers = batch.packs(examples, works, partners, args.max_length, how, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
     tallies = []
-    for pack, found in zip(packs, founds):
+    for pack, found in progress.bar(zip(packs, founds), "evaluation", len(packs)):
         states = hidden_states(reference, pack) if reference else None  # (N, D)
         out, stats = forward(objective, policy, reference, pack, states, found)
         tallies.append(tally(objective, out, stats, pack))
@@ -283,8 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if same_weights:
             reference = model.copied(policy, dtype)
         elif objective.has_reference:
-            size = policy.head.weight.shape[0]
-            reference = model.load(args.reference, dtype, *options, vocabulary=size)
+            reference = model.load(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
         model.check_vocabulary(tokenizer, policy, reference)
         if args.sync_reference_every:
             model.check_twins(policy, reference)
@@ -347,8 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             group["lr"] = learning_rate(step, total, args)
         delta = running_mean(running, device)  # ()
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            row = evaluate(objective, policy, reference, evaluated, delta, args, device)
-            log(row | {"step": step})
+            log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": step})
             show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last, extra)

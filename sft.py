@@ -33,6 +33,7 @@ import fsdp
 import generation
 import losses
 import model
+import progress
 import ranking
 import store
 import trackers
@@ -110,7 +111,8 @@ def evaluate(
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
     tallies = []
-    for work in batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]:
+    works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
+    for work in progress.bar(works, "evaluation"):
         pack = batch.pack([examples[index] for index in work.groups], work.counted).to(device)
         tallies.append(tally(forward(policy, pack), pack))
     # no backward will, and the next forward must gather what the optimiser writes until then

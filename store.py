@@ -32,6 +32,7 @@ import data
 import encode
 import files
 import formats
+import progress
 import ranking
 import values
 from arrays import TYPES, Arrays, Store, joined
@@ -182,7 +183,7 @@ def _write(
         with contextlib.ExitStack() as stack:
             opened = Arrays(*[stack.enter_context(open(beside / name, "wb")) for name in Arrays._fields])
             opened.first.write(np.zeros(1, TYPES.first).tobytes())
-            for part, tally in _encoded(rows, encoding, say):
+            for part, tally in _encoded(progress.bar(rows, "rows"), encoding, say):
                 total = total.plus(tally)
                 part = part._replace(starts=part.starts + tokens, first=part.first + pieces)
                 tokens += len(part.ids)

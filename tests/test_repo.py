@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "files"}
 EVERYTHING |= {"formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk", "store"}
-EVERYTHING |= {"generation", "values", "vocab"}
+EVERYTHING |= {"generation", "progress", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "encode": {"chat", "formats", "ranking", "values"},
     "arrays": {"encode"},
     # the name of a cache is a hash of the code of all that read and encode
-    "store": {"arrays", "chat", "data", "encode", "files", "formats", "ranking", "values"},
+    "store": {"arrays", "chat", "data", "encode", "files", "formats", "progress", "ranking", "values"},
     "batch": {"encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "model": {"attention", "vocab"},
