@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row |= {"split": "train", "step": step, "epoch": step / (steps_per_epoch * args.ppo_epochs)}
         row |= {objective.batch_unit: many, "tokens": tokens}
         row |= {"lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "tok_per_s": tokens / seconds}
-        log(row | {f"{objective.batch_unit}_per_s": many / seconds})
+        log(row | {f"{unit}_per_s": many / seconds, "responses_per_s": train.sizes[counted].sum() / seconds})
 
     if evaluated:
         delta = running_mean(running, device)  # ()

@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "checkpoint": {"fsdp"},
     "config": set(),
     "parts": {"config"},
+    "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
     "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "model", "parts"},
     "scoring": {"chat", "config", "data", "encode", "formats", "model", "values"},
@@ -51,8 +52,8 @@ MAY_IMPORT = {
 # Sequence: the examples of arrays.py. A class decorated with @dataclass is a record and needs no base.
 CLASS_BASES = {"Sequence", "NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
 # formats: one function a row layout, losses: one a loss, and none needs another to be read
-# preview: a sixth is the HTML and CSS of its page
-BUDGET = {"align": 360, "encode": 340, "formats": 350, "losses": 330, "preview": 340}
+# plot, preview: a sixth is the HTML and CSS of their pages
+BUDGET = {"align": 360, "encode": 340, "formats": 350, "losses": 330, "plot": 330, "preview": 340}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
