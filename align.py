@@ -232,15 +232,17 @@ def evaluate(
     how = objective.pairs or "best-worst"
     packs, strangers = batch.packs(examples, works, partners, args.max_length, how, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
-    tallies = []
-    for pack, found in progress.bar(zip(packs, founds), "evaluation", len(packs)):
+    subsets, tallies = ranking.pairs_by_subset(examples, how), []
+    for work, pack, found in progress.bar(zip(works, packs, founds), "evaluation", len(packs)):
         states = hidden_states(reference, pack) if reference else None  # (N, D)
         out, stats = forward(objective, policy, reference, pack, states, found)
-        tallies.append(tally(objective, out, stats, pack))
+        mine = {s: [k for k, g in enumerate(work.groups) if examples[g].subset == s] for s in subsets}
+        tallies.append(tally(objective, out, stats, pack, mine))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
     number = sum(objective.batch_units(example.scores) for example in examples)
-    return {"split": "eval", objective.batch_unit: number, **means(tallies), **logged}
+    numbers = {objective.batch_unit: number} | {f"pairs/{name}": subsets[name] for name in subsets}
+    return {"split": "eval", **numbers, **means(tallies), **logged}
 
 
 def running_mean(running: Tensor, device: torch.device) -> Tensor:
