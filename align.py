@@ -34,8 +34,10 @@ import fsdp
 import generation
 import losses
 import model
+import progress
 import ranking
 import store
+import trackers
 import vocab
 from arrays import Store
 from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_partners, check_start
@@ -230,15 +232,17 @@ def evaluate(
     how = objective.pairs or "best-worst"
     packs, strangers = batch.packs(examples, works, partners, args.max_length, how, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
-    tallies = []
-    for pack, found in zip(packs, founds):
+    subsets, tallies = ranking.pairs_by_subset(examples, how), []
+    for work, pack, found in progress.bar(zip(works, packs, founds), "evaluation", len(packs)):
         states = hidden_states(reference, pack) if reference else None  # (N, D)
         out, stats = forward(objective, policy, reference, pack, states, found)
-        tallies.append(tally(objective, out, stats, pack))
+        mine = {s: [k for k, g in enumerate(work.groups) if examples[g].subset == s] for s in subsets}
+        tallies.append(tally(objective, out, stats, pack, mine))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
     number = sum(objective.batch_units(example.scores) for example in examples)
-    return {"split": "eval", objective.batch_unit: number, **means(tallies), **logged}
+    numbers = {objective.batch_unit: number} | {f"pairs/{name}": subsets[name] for name in subsets}
+    return {"split": "eval", **numbers, **means(tallies), **logged}
 
 
 def running_mean(running: Tensor, device: torch.device) -> Tensor:
@@ -258,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     config.check_run(args)
     with config.user_errors():
+        trackers.check(args.log_to)
         objective = make_objective(args)
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
@@ -281,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if same_weights:
             reference = model.copied(policy, dtype)
         elif objective.has_reference:
-            size = policy.head.weight.shape[0]
-            reference = model.load(args.reference, dtype, *options, vocabulary=size)
+            reference = model.load(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
         model.check_vocabulary(tokenizer, policy, reference)
         if args.sync_reference_every:
             model.check_twins(policy, reference)
@@ -327,6 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"start at step {start} of {total}: {args.loss}, {units.sum()} {unit}, {world_size} ranks")
 
     config.write_status(args, rank, "running", start)
+    trackers.start(args, rank, start)
     log = functools.partial(config.write_row, args, rank, total)
     asked = evaluated[: args.sample_prompts]
     show = functools.partial(generation.show, policy, asked, [], tokenizer, template, args.out)
@@ -344,8 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             group["lr"] = learning_rate(step, total, args)
         delta = running_mean(running, device)  # ()
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            row = evaluate(objective, policy, reference, evaluated, delta, args, device)
-            log(row | {"step": step})
+            log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": step})
             show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
             checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last, extra)
@@ -375,9 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
         if policy.value_head is not None:
             row["value_grad_norm"] = fsdp.clip_gradients(policy.value_head, args.max_value_grad_norm)
-        if not math.isfinite(
-            sum(row[name] for name in ("loss", "grad_norm", "value_grad_norm") if name in row)
-        ):
+        if not math.isfinite(row["loss"] + row["grad_norm"] + row.get("value_grad_norm", 0.0)):
             config.write_status(args, rank, "failed", step)
             config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
         if args.sync_reference_every and (step + 1) % args.sync_reference_every == 0:
@@ -392,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row |= {"split": "train", "step": step, "epoch": step / (steps_per_epoch * args.ppo_epochs)}
         row |= {objective.batch_unit: many, "tokens": tokens}
         row |= {"lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "tok_per_s": tokens / seconds}
-        log(row | {f"{objective.batch_unit}_per_s": many / seconds})
+        log(row | {f"{unit}_per_s": many / seconds, "responses_per_s": train.sizes[counted].sum() / seconds})
 
     if evaluated:
         delta = running_mean(running, device)  # ()

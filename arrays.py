@@ -30,11 +30,12 @@ class Arrays(NamedTuple):
     weights: np.ndarray  # (n,)
     margins: np.ndarray  # (n,)
     prompts: np.ndarray  # (n,) equal for equal prompts
+    subsets: np.ndarray  # (n,) UTF-8, the first 32 bytes of a longer name
 
 
 PIECES = ("starts", "sizes", "scores", "labels")
-EXAMPLES = ("weights", "margins", "prompts")
-TYPES = Arrays("<i4", "?", "<i8", "<i4", "<f8", "?", "<i8", "<f8", "<f8", "<i8")
+EXAMPLES = ("weights", "margins", "prompts", "subsets")
+TYPES = Arrays("<i4", "?", "<i8", "<i4", "<f8", "?", "<i8", "<f8", "<f8", "<i8", "S32")
 
 
 class Store(Sequence):
@@ -61,6 +62,7 @@ class Store(Sequence):
             float(found.weights[index]),
             float(found.margins[index]),
             found.labels[completions].tolist(),
+            subset=found.subsets[index].decode(errors="ignore"),
         )
 
     @property
@@ -106,8 +108,8 @@ class Store(Sequence):
         return Store(found._replace(first=first, **moved), digest)
 
     def by_prompt(self) -> "Store":
-        """Examples of one prompt as one, which stands where the first of them stood: the prompt of the first,
-        the completions of all in their order, each with its own score and label.
+        """Examples of one prompt as one, which stands where the first of them stood: the prompt and the
+        subset of the first, the completions of all in their order, each with its own score and label.
 
         The arrays are made anew but for those of the tokens. A margin says how much better the best of its
         own row is: a list has none, 0. Raises ValueError if examples of one prompt have different weights,

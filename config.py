@@ -139,6 +139,10 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
         "--keep-last", type=functools.partial(count, least=2), default=2, help="checkpoints kept"
     )
     group.add_argument("--log-every", type=count, default=1, help="optimiser steps between progress lines")
+    trackers = ("tensorboard", "wandb", "trackio")
+    group.add_argument(
+        "--log-to", choices=trackers, default=None, nargs="+", help="beside metrics.jsonl; None: nowhere"
+    )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument(
         "--token-cache",
@@ -150,9 +154,9 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
 
 # What does not change what is trained: where and how often a run writes, and how it computes.
 HOW_FLAGS = (
-    "out", "resume", "save_every", "keep_last", "log_every", "device", "token_cache", "trust_remote_code",
-    "strict_data", "tokens_per_microbatch", "activation_checkpointing", "eval_data", "eval_every",
-    "eval_examples", "sample_prompts",
+    "out", "resume", "save_every", "keep_last", "log_every", "log_to", "device", "token_cache",
+    "trust_remote_code", "strict_data", "tokens_per_microbatch", "activation_checkpointing", "eval_data",
+    "eval_every", "eval_examples", "sample_prompts",
 )  # fmt: skip
 # What a resumed run may change: that, and how long and how fast it goes on.
 FREE_FLAGS = (

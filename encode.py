@@ -45,6 +45,7 @@ class Encoded(NamedTuple):
     labels: list[bool] = []  # per completion: is it desirable; empty: by the scores
     key: int | None = None  # of the prompt, where `prompt` is not all of it
     remark: str = ""  # what was done to the row that its owner may not expect
+    subset: str = ""  # of the held-out examples
 
     @property
     def prompt_key(self) -> int:
@@ -267,7 +268,7 @@ def _encoded(
 ) -> Encoded:
     labels = desirable(example.scores)
     about = (example.scores, example.weight, example.margin, labels)
-    return Encoded(prompt, completions, masks, *about, remark=remark)
+    return Encoded(prompt, completions, masks, *about, remark=remark, subset=example.subset)
 
 
 def _are_same(example: Example, encoded: list[list[int]]) -> bool:

@@ -6,10 +6,10 @@
 A layout asks for the keys it needs by naming them: a row has the layout if every parameter without a default
 is one of its keys, null counted as absent. What it takes beside them are its parameters with a default, and
 the keys that every conversation may have: "system" (or "system_prompt"), "tools", "chat_template_kwargs",
-"weight" and "margin". Layouts stand in four ranks, preferences before labelled answers before answers before
-prompts, and the first rank that a row fits wins: chosen and rejected are read, messages and text beside them
-are not. Within a rank the layout that reads more wins; where neither does and the two readings differ, the
-row is an error that names both.
+"weight" and "margin", and of a preference "subset", the name under which its accuracy is told. Layouts stand
+in four ranks, preferences before labelled answers before answers before prompts, and the first rank that a
+row fits wins: chosen and rejected are read, messages and text beside them are not. Within a rank the layout
+that reads more wins; where neither does and the two readings differ, the row is an error that names both.
 
 A prompt is a string (one user turn; a dialogue "\\n\\nHuman: ...\\n\\nAssistant:"; a JSON list of turns), a
 turn or a list of turns; an answer a string, a turn or a list of turns that ends with the assistant's. A turn
@@ -41,6 +41,7 @@ class Example(NamedTuple):
     where: str = ""  # file:line, for messages
     labelled: bool = True  # False: the scores say nothing
     rendering: dict[str, Any] = {}  # further arguments of the chat template: tools, enable_thinking, ...
+    subset: str = ""  # of the held-out rows: accuracy is told of each
 
 
 class Fault(NamedTuple):
@@ -443,11 +444,13 @@ def _null(keys: frozenset[str], everything: frozenset[str]) -> str:
 
 
 def _common(layout: Callable) -> set[str]:
+    if layout in RANKS[0]:
+        return CONVERSATION_KEYS | {"subset"}
     return {"weight"} if layout is text else CONVERSATION_KEYS
 
 
 def _with_common(example: Example, row: dict[str, Any], common: set[str]) -> Example:
-    """What any layout takes: a system turn, what the chat template is given, weight and margin."""
+    """What any layout takes: a system turn, what the chat template is given, weight, margin and subset."""
     given = {key: row[key] for key in common if row.get(key) is not None}
     system = given.get("system", given.get("system_prompt"))
     if {"system", "system_prompt"} <= set(given) and given["system"] != given["system_prompt"]:
@@ -466,7 +469,9 @@ def _with_common(example: Example, row: dict[str, Any], common: set[str]) -> Exa
     options = {key: values.number(given[key], key) for key in ("weight", "margin") if key in given}
     if options.get("weight", 1.0) < 0:
         raise ValueError(f'"weight" must be >= 0, got {given["weight"]}')
-    return example._replace(rendering=rendering, **options)
+    if not isinstance(subset := given.get("subset", ""), (str, int)):
+        raise ValueError(f'"subset" must be a string, got {values.shown(subset)}')
+    return example._replace(rendering=rendering, subset=str(subset), **options)
 
 
 # ---- values

@@ -297,9 +297,7 @@ def make_objective(args: argparse.Namespace) -> Objective:
     pairs = settings.get(ranking.usable_pair, {}).get("pairs")
     measure = bound[RISKS[args.risk]] if args.risk else None
     objective = Objective(bound[functions[0]], needs, "", pairs, measure, through, *map(bound.get, helpers))
-    example = encode.Encoded(
-        [1], [[2, 3, 4], [5, 6]], [[True] * 3, [True] * 2], [1.0, 0.0], labels=[True, False]
-    )
+    example = encode.Encoded([1], [[2, 3, 4], [5, 6]], [[True] * 3, [True] * 2], [1.0, 0.0])
     if objective.thin is not None:
         objective.thin(np.zeros(0, bool), 0)
     pack = batch.pack([example], True, pairs or "best-worst")
@@ -346,16 +344,26 @@ def _made_up(objective: Objective, pack: batch.Pack) -> dict[str, Tensor | None]
 
 
 def tally(
-    objective: Objective, out: losses.Loss, stats: dict[str, Tensor | None], pack: batch.Pack
+    objective: Objective,
+    out: losses.Loss,
+    stats: dict[str, Tensor | None],
+    pack: batch.Pack,
+    subsets: dict[str, list[int]] = {},
 ) -> dict[str, Tensor]:
-    """(sum, count) of everything that is logged of a micro-batch."""
+    """(sum, count) of everything that is logged of a micro-batch; `subsets` are its groups by the name under
+    which their accuracy is told apart, (0, 0) where it has none."""
+    kind = "rewards" if objective.has_reference or objective.scores else "logps"
     sums = {"loss": batch.summed(out.losses.detach() * objective.weights(pack), pack)}
     sums |= {name: batch.summed(values, pack) for name, values in out.metrics.items()}
     rewards = compare(out.rewards, pack)
-    if objective.has_reference or objective.scores:
-        sums |= {f"rewards/{key}": value for key, value in rewards.items()}
-    else:
-        sums |= {f"logps/{key}": rewards[key] for key in ("margins", "accuracies")}
+    told = rewards if kind == "rewards" else ("margins", "accuracies")
+    sums |= {f"{kind}/{key}": rewards[key] for key in told}
+    owners = pack.group[pack.pairs[0]].tolist() if subsets else []  # (B,)
+    for name, groups in subsets.items():
+        mine = [pair for pair, group in enumerate(owners) if group in groups]
+        values = out.rewards[:, mine] if out.rewards.dim() == 2 else out.rewards
+        found = compare(values, pack._replace(pairs=pack.pairs[:, mine]))
+        sums[f"{kind}/accuracies/{name}"] = found["accuracies"]
     if out.own is not None:
         sums |= {f"own/{key}": value for key, value in compare(out.own, pack).items()}
     for name, values in (("logps", stats["policy_logps"]), ("kl", stats["kl"]), ("risk", stats["risk"])):

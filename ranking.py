@@ -2,11 +2,13 @@
 
 usable_pair, usable_feedback, best_completion     Example -> what a loss learns from of it, or why not
 pair_indices, pair_counts                         scores -> pairs; of one list, of all lists at once
+pairs_by_subset                                   examples -> how many pairs each subset has
 desirable                                         scores -> labels
 """
 
+from collections import Counter
 from itertools import combinations
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -55,6 +57,15 @@ def pair_counts(scores: np.ndarray, sizes: np.ndarray, pairs: str) -> np.ndarray
 def compared(scores: Sequence[float], pairs: str) -> list[int]:
     """The completions of a ranked list that some pair compares, in their order."""
     return sorted({index for pair in pair_indices(scores, pairs) for index in pair})
+
+
+def pairs_by_subset(examples: Sequence[Any], pairs: str) -> dict[str, int]:
+    """How many pairs the examples (with `scores` and a `subset`) of each subset have, in the order of names;
+    of those with a name that have any."""
+    found = Counter()
+    for example in examples:
+        found[example.subset] += len(pair_indices(example.scores, pairs))
+    return {name: found[name] for name in sorted(found) if name and found[name]}
 
 
 def usable_pair(example: Example, *, pairs: str = "best-worst") -> Example | str:

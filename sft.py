@@ -33,8 +33,10 @@ import fsdp
 import generation
 import losses
 import model
+import progress
 import ranking
 import store
+import trackers
 import vocab
 
 
@@ -109,7 +111,8 @@ def evaluate(
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
     tallies = []
-    for work in batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]:
+    works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
+    for work in progress.bar(works, "evaluation"):
         pack = batch.pack([examples[index] for index in work.groups], work.counted).to(device)
         tallies.append(tally(forward(policy, pack), pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
@@ -140,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     config.check_run(args)
     with config.user_errors():
+        trackers.check(args.log_to)
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
         tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
@@ -182,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} ranks")
 
     config.write_status(args, rank, "running", start)
+    trackers.start(args, rank, start)
     log = functools.partial(config.write_row, args, rank, total)
     ask = tokenizer.convert_tokens_to_ids(list(chat.CONTROL_TOKENS)[: args.method == "csft"])
     asked = evaluated[: args.sample_prompts]

@@ -32,6 +32,7 @@ import data
 import encode
 import files
 import formats
+import progress
 import ranking
 import values
 from arrays import TYPES, Arrays, Store, joined
@@ -62,7 +63,7 @@ class About(NamedTuple):
     faults: dict[str, tuple[int, str]]  # rows that cannot be used
     remarks: dict[str, tuple[int, str]]  # rows that were changed
     unread: list[str]  # keys
-    digest: str  # of all ids, masks, scores and weights
+    digest: str  # of all ids, masks, scores and weights: what training depends on
     bytes: dict[str, int]  # of each array
 
 
@@ -182,7 +183,7 @@ def _write(
         with contextlib.ExitStack() as stack:
             opened = Arrays(*[stack.enter_context(open(beside / name, "wb")) for name in Arrays._fields])
             opened.first.write(np.zeros(1, TYPES.first).tobytes())
-            for part, tally in _encoded(rows, encoding, say):
+            for part, tally in _encoded(progress.bar(rows, "rows"), encoding, say):
                 total = total.plus(tally)
                 part = part._replace(starts=part.starts + tokens, first=part.first + pieces)
                 tokens += len(part.ids)
@@ -192,7 +193,8 @@ def _write(
                     file.write(raw)
                     digest.update(raw)
         sizes = {name: (beside / name).stat().st_size for name in Arrays._fields}
-        digest = hashlib.sha256("".join(one.hexdigest() for one in hashes).encode()).hexdigest()
+        trained = [one.hexdigest() for name, one in zip(Arrays._fields, hashes) if name != "subsets"]
+        digest = hashlib.sha256("".join(trained).encode()).hexdigest()
         about = About(*total, sorted(map(str, unread)), digest, sizes)
         (beside / "about.json").write_text(json.dumps(about._asdict()), encoding="utf-8")
         os.replace(beside, place)
@@ -292,6 +294,7 @@ def _flat(examples: Iterable[Encoded]) -> Arrays:
         found.weights.append(example.weight)
         found.margins.append(example.margin)
         found.prompts.append(example.prompt_key)
+        found.subsets.append(example.subset.encode(errors="replace"))
     return Arrays(*[np.array(values, kind) for values, kind in zip(found, TYPES)])
 
 

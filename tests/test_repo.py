@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "files"}
 EVERYTHING |= {"formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk", "store"}
-EVERYTHING |= {"generation", "values", "vocab"}
+EVERYTHING |= {"generation", "progress", "values", "vocab"}
 MAY_IMPORT = {
-    "sft": EVERYTHING - {"objective"},
-    "align": EVERYTHING,
+    "sft": EVERYTHING - {"objective"} | {"trackers"},
+    "align": EVERYTHING | {"trackers"},
     # align and sft: for their own parse_args and load_examples, lest the preview differs from the training
     "preview": {"align", "sft"}
     | {"arrays", "batch", "chat", "config", "encode", "model", "objective", "ranking"},
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "encode": {"chat", "formats", "ranking", "values"},
     "arrays": {"encode"},
     # the name of a cache is a hash of the code of all that read and encode
-    "store": {"arrays", "chat", "data", "encode", "files", "formats", "ranking", "values"},
+    "store": {"arrays", "chat", "data", "encode", "files", "formats", "progress", "ranking", "values"},
     "batch": {"encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "model": {"attention", "vocab"},
@@ -43,15 +43,17 @@ MAY_IMPORT = {
     "checkpoint": {"fsdp"},
     "config": set(),
     "parts": {"config"},
+    "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
     "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "model", "parts"},
     "scoring": {"chat", "config", "data", "encode", "formats", "model", "values"},
+    "trackers": set(),
 }
 # Sequence: the examples of arrays.py. A class decorated with @dataclass is a record and needs no base.
 CLASS_BASES = {"Sequence", "NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
 # formats: one function a row layout, losses: one a loss, and none needs another to be read
-# preview: a sixth is the HTML and CSS of its page
-BUDGET = {"align": 360, "encode": 340, "formats": 350, "losses": 330, "preview": 340}
+# plot, preview: a sixth is the HTML and CSS of their pages
+BUDGET = {"align": 360, "encode": 340, "formats": 350, "losses": 330, "plot": 330, "preview": 340}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
