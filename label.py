@@ -37,12 +37,12 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 import config
 import data
 import formats
 import parts
+import progress
 import ranking
 import scoring
 from formats import Example
@@ -291,24 +291,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{args.out} is there: nothing to do")
                 return
         left_out = Counter()  # rows are read twice: a fault of the last one is known before the first score
-        total = sum(len(prompt.ids) for prompt in scoring.prompts(args.data, args.split, left_out))
+        total = sum(1 for _ in scoring.prompts(args.data, args.split, left_out))
         if not total:
             raise ValueError(f"{' '.join(args.data)}: no answer in it ({reasons(left_out)})")
         found = functools.partial(scoring.prompts, args.data, args.split, Counter())
         scorer = verdicts(args, found()) if args.by.endswith(".jsonl") else scoring.load(args)
-        with tqdm(total=total, unit=" answers", delay=10, disable=not sys.stderr.isatty()) as bar:
-            if args.score_only:
-                print(table(scored(found(), scorer, bar), left_out))
-            else:
-                write(args, settings, found(), scorer, bar, left_out)
+        seen = progress.bar(found(), "prompts", total)
+        if args.score_only:
+            print(table(scored(seen, scorer), left_out))
+        else:
+            write(args, settings, seen, scorer, left_out)
         tell(left_out)
 
 
-def scored(found: Iterable[Prompt], scorer: Scorer, bar: Any) -> Iterator[tuple[Prompt, list[float | str]]]:
+def scored(found: Iterable[Prompt], scorer: Scorer) -> Iterator[tuple[Prompt, list[float | str]]]:
     """The prompts, each with its scores."""
     for chunk in scoring.chunks(found):
         yield from zip(chunk, scoring.score(chunk, scorer))
-        bar.update(sum(len(prompt.ids) for prompt in chunk))
 
 
 def write(
@@ -316,7 +315,6 @@ def write(
     settings: dict[str, Any],
     found: Iterable[Prompt],
     scorer: Scorer,
-    bar: Any,
     left_out: Counter,
 ) -> None:
     """Score what has no score yet, then write --out. Parts hold scores; rows are made of them at the end."""
@@ -326,7 +324,6 @@ def write(
         if not parts.is_done(args.out, count - 1):
             scores = scoring.score(chunk, scorer)
             parts.write(args.out, count - 1, map(record, chunk, scores))
-        bar.update(sum(len(prompt.ids) for prompt in chunk))
     written = Counter()
 
     def lines() -> Iterator[str]:

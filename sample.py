@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
-from tqdm import tqdm
 
 import chat
 import config
@@ -36,6 +35,7 @@ import fsdp
 import generation
 import model
 import parts
+import progress
 from formats import Example, Fault
 
 PART = 32  # prompts answered between two writes
@@ -225,16 +225,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         fsdp.barrier()
         left_out = Counter()
         prompts = islice(asked(args, tokenizer, template, left_out), args.prompts)
-        quiet = rank != 0 or not sys.stderr.isatty()
-        bar = tqdm(total=args.prompts, unit=" prompts", delay=10, disable=quiet)
+        prompts = progress.bar(prompts, "prompts", args.prompts)
         part = answered = 0
         while chunk := list(islice(prompts, PART)):
             if part % world_size == rank and not parts.is_done(args.out, part):
                 parts.write(args.out, part, answer(chunk, args, answers, tokenizer, template))
             part += 1
             answered += len(chunk)
-            bar.update(len(chunk))
-        bar.close()
         fsdp.barrier()
         if rank == 0:
             lines = alpaca_eval(parts.read(args.out, part), args) if args.format == "alpaca_eval" else None

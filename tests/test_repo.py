@@ -18,7 +18,7 @@ MAY_IMPORT = {
     # align and sft: for their own parse_args and load_examples, lest the preview differs from the training
     "preview": {"align", "sft"}
     | {"arrays", "batch", "chat", "config", "encode", "model", "objective", "ranking"},
-    "label": {"config", "data", "formats", "parts", "ranking", "scoring"},
+    "label": {"config", "data", "formats", "parts", "progress", "ranking", "scoring"},
     "judge": {"config", "scoring"},
     "plot": set(),
     "losses": set(),
@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "parts": {"config"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
-    "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "model", "parts"},
+    "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "model", "parts", "progress"},
     "scoring": {"chat", "config", "data", "encode", "formats", "model", "values"},
     "trackers": set(),
 }
