@@ -170,7 +170,8 @@ def _watch(name: str, ended: threading.Event) -> None:
     os._exit(1)
 
 
-def main() -> None:
+def child() -> None:
+    """The process of one tracker: its name, the run directory, where in the file to begin, the first step."""
     name, out, offset, step = sys.argv[1:]
     ended = threading.Event()
     threading.Thread(target=_watch, args=(name, ended), daemon=True).start()
@@ -182,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    child()
