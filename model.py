@@ -23,9 +23,11 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 import attention
+import files
 import vocab
 
 transformers_logging.disable_progress_bar()
@@ -127,6 +129,21 @@ def load_plain(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     with _one_line(path):
         config = AutoConfig.from_pretrained(path, **options)
         return _from_pretrained(path, config, dtype, options, False).eval()
+
+
+def fingerprint(path: str, weights: str = "pretrained") -> str:
+    """A hash of the contents of a model, wherever it lies: its config.json and, of "pretrained" weights,
+    samples of each file (files.fingerprint)."""
+    folder = Path(path)
+    if not folder.exists():  # a hub name: its snapshot, which load has fetched
+        folder = Path(cached_file(path, "config.json", local_files_only=True)).parent
+    found = [folder / "config.json"]
+    return files.fingerprint(found + [*folder.glob("*.safetensors")] * (weights == "pretrained"))
+
+
+def digests(weights: str, **paths: str) -> dict[str, str]:
+    """Fingerprints as a checkpoint's record keeps them, `model_digest` for `model=PATH`."""
+    return {f"{key}_digest": fingerprint(path, weights) for key, path in paths.items()}
 
 
 def copied(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:

@@ -1,4 +1,4 @@
-"""What a run leaves in final/, and `checkpoint.py export` of its checkpoint: where generation stops, heads.
+"""What a run leaves in final/, and `export.py` of its checkpoint: where generation stops, heads.
 
 `red:` names a change that turns a test red.
 """
@@ -13,7 +13,7 @@ from test_config import exit_code, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import align
-import checkpoint
+import export
 import sft
 
 LR = 1e-3
@@ -49,9 +49,9 @@ def root(tmp_path_factory):
     for name, (script, more) in RUNS.items():
         assert exit_code(script.main, [*map(str, argv), "--out", f"{root}/{name}", *more]) is None
         with pytest.MonkeyPatch.context() as patch:
-            command = ["checkpoint.py", "export", f"{root}/{name}/step-1", f"{root}/{name}/offline"]
+            command = ["export.py", f"{root}/{name}/step-1", f"{root}/{name}/offline"]
             patch.setattr(sys, "argv", command)
-            checkpoint.main()
+            export.main()
     return root
 
 
