@@ -325,9 +325,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, extra, total
         )
     rundir.begin(args, rank, start, policy, extra)
-    if rank == 0:
-        tokenizer.save_pretrained(f"{args.out}/tokenizer")
-        policy.lm.generation_config.to_json_file(f"{args.out}/tokenizer/generation_config.json")
+    with rundir.failing(args, rank, start):
+        if rank == 0:
+            export.save_tokenizer(tokenizer, f"{args.out}/tokenizer", policy.lm.generation_config)
     unit, how = objective.batch_unit, objective.pairs or "best-worst"
     long = units[units > args.batch_size]  # of lists, which are not split
     if len(long):

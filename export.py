@@ -126,7 +126,7 @@ def _write(
         skeleton.save_pretrained(beside, state_dict=named, max_shard_size=SHARD)
         if values:
             save_file(values, beside / "value_head.safetensors")
-        tokenizer.save_pretrained(beside)
+        save_tokenizer(tokenizer, beside)
         for path in beside.iterdir():  # safetensors lets nobody else read
             path.chmod((beside / MARK).stat().st_mode)
         shutil.rmtree(old, ignore_errors=True)
@@ -136,6 +136,18 @@ def _write(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tokenizer(tokenizer: Any, place: str | Path, settings: GenerationConfig | None = None) -> None:
+    """A tokenizer, and where generation stops, into a directory. Raises OSError if they do not fit."""
+    try:
+        tokenizer.save_pretrained(place)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"{place}: {error}") from error  # its library has no type of its own
+    if settings is not None:
+        settings.to_json_file(Path(place) / "generation_config.json")
 
 
 def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -99,9 +99,9 @@ def load(
     under `seed`. Embeddings grow to `vocabulary` rows where they have fewer and are never shrunk; a new row
     is the mean of the old ones plus noise that its index alone decides, so that equal models stay equal and
     no two new tokens start as one vector. With `reward_model` a sequence classifier is taken too, as the
-    language model whose head it has lost. Raises ValueError: no such model, pickle weights, missing weights,
-    positions shorter than `max_length`, or an architecture for which packed attention does not reproduce the
-    model's own logits.
+    language model whose head it has lost. Raises ValueError: no such model, pickle weights, weights that are
+    missing or not finite, positions shorter than `max_length`, or an architecture for which packed attention
+    does not reproduce the model's own logits.
     """
     trust = {"trust_remote_code": trust_remote_code}
     options = {**trust, **_local(path)}
@@ -112,6 +112,7 @@ def load(
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
         else:
             lm = _from_pretrained(path, config, torch.float32, options, reward_model)
+    _refuse_not_finite(path, lm)
     _grow(lm, vocabulary)
     _check_positions(path, lm.config.get_text_config(), max_length)
     _disable_dropout(lm)
@@ -321,6 +322,14 @@ def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
         raise ValueError(
             f"{path}: {len(missing + wrong)} weights missing or misshapen (first: {(missing + wrong)[0]})"
         )
+
+
+def _refuse_not_finite(path: str, lm: nn.Module) -> None:
+    named = list(lm.named_parameters())
+    peaks = torch._foreach_norm([parameter.detach() for _, parameter in named], float("inf"))
+    bad = [name for (name, _), peak in zip(named, peaks) if not peak.isfinite()]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} weights hold numbers that are not finite (first: {bad[0]})")
 
 
 def _untie(lm: nn.Module) -> None:

@@ -116,7 +116,7 @@ def begin(
     a checkpoint needs. Stops the run if the weights are not finite, or not one checkpoint fits where there
     shall be some."""
     with config.user_errors():
-        check_weights(model, f"step-{start}" if start else f"--model {args.model}")
+        check_weights(model, f"step-{start}")
         if rank == 0:
             free, need = shutil.disk_usage(args.out).free, checkpoint.size(model, extra)
             said = f"{args.out} has {free / 1e9:.2g} GB free, one checkpoint needs about {need / 1e9:.2g} GB"

@@ -186,9 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, {}, total
         )
     rundir.begin(args, rank, start, policy)
-    if rank == 0:
-        tokenizer.save_pretrained(f"{args.out}/tokenizer")
-        policy.lm.generation_config.to_json_file(f"{args.out}/tokenizer/generation_config.json")
+    with rundir.failing(args, rank, start):
+        if rank == 0:
+            export.save_tokenizer(tokenizer, f"{args.out}/tokenizer", policy.lm.generation_config)
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} ranks")
 
     trackers.start(args, rank, start)
