@@ -322,6 +322,26 @@ def test_export_leaves_the_model_as_it_was(saved, fresh, tmp_path):
     assert torch.equal(align.hidden_states(fresh[0], PACK), before)
 
 
+def test_an_export_without_a_parameter_is_refused(saved, tmp_path):
+    # red: _matched without unfilled, without unplaced
+    tokenizer = AutoTokenizer.from_pretrained(saved[0] / "model")
+    policy = model.load(str(saved[0] / "model"), torch.float32, 64, "random", 0)
+    attention = policy.lm.model.layers[0].self_attn
+    adapted = torch.nn.ModuleDict({"base_layer": attention.q_proj, "lora_A": torch.nn.Linear(32, 2, bias=False)})
+    attention.q_proj = adapted
+    fsdp.shard(policy, [], torch.float32, torch.device("cpu"))
+    said = "1 parameters without their tensor (first: model.layers.0.self_attn.q_proj.weight), 2 tensors without"
+    with pytest.raises(ValueError, match=re.escape(said)) as refusal:
+        export.export(policy, tokenizer, tmp_path / "final")
+    assert "\n" not in str(refusal.value) and names(tmp_path) == []
+    attention.q_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match="1 parameters without their tensor"):
+        export.export(policy, tokenizer, tmp_path / "final")
+    attention.q_proj, attention.more = adapted["base_layer"], adapted["lora_A"]
+    with pytest.raises(ValueError, match=r": 1 tensors without a parameter \(first: .*more.weight\)"):
+        export.export(policy, tokenizer, tmp_path / "final")
+
+
 def test_half_written_export_leaves_the_old_one(saved, fresh, tmp_path):
     # red: beside = out.
     tokenizer = AutoTokenizer.from_pretrained(saved[0] / "model")
