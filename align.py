@@ -38,6 +38,7 @@ import model
 import progress
 import ranking
 import rundir
+import signals
 import store
 import trackers
 import vocab
@@ -224,8 +225,9 @@ def evaluate(
     delta: Tensor,
     args: argparse.Namespace,
     device: torch.device,
+    between: Callable = lambda: None,
 ) -> dict[str, Any]:
-    """Means over the held-out examples, all ranks together."""
+    """Means over the held-out examples, all ranks together; `between` micro-batches all of them may leave."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
     keys = [example.prompt_key for example in examples]
@@ -236,6 +238,7 @@ def evaluate(
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
     subsets, tallies = ranking.pairs_by_subset(examples, how), []
     for work, pack, found in progress.bar(zip(works, packs, founds), "evaluation", len(packs)):
+        between()
         states = hidden_states(reference, pack) if reference else None  # (N, D)
         out, stats = forward(objective, policy, reference, pack, states, found)
         mine = {s: [k for k, g in enumerate(work.groups) if examples[g].subset == s] for s in subsets}
@@ -316,8 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     units = objective.counts(train)  # (n,)
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
-    made = vars(args) | {"data_digest": train.digest}
-    made |= model.digests(args.weights, model=args.model, reference=args.reference or args.model)
+    contents = model.digests(args.weights, model=args.model, reference=args.reference or args.model)
+    made = vars(args) | {"data_digest": train.digest} | contents
     with config.user_errors():
         final_dtype = export.prepare(args)
         lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends
@@ -338,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log = functools.partial(rundir.write_row, args, rank, total)
     asked = evaluated[: args.sample_prompts]
     show = functools.partial(generation.show, policy, asked, [], tokenizer, template, args.out)
+    leave = functools.partial(rundir.leave_if_told, args, policy, optimizer, made, extra, device)
 
     for step in range(start, total):
         visit, update = divmod(step, args.ppo_epochs)  # optimiser steps on the same batch
@@ -351,8 +355,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         delta = running_mean(running, device)  # ()
+        leave(step)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": step})
+            row = evaluate(objective, policy, reference, evaluated, delta, args, device, lambda: leave(step))
+            log(row | {"step": step})
             show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
             rundir.save(args, step, policy, optimizer, made, extra)
@@ -399,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if evaluated:
         delta = running_mean(running, device)  # ()
-        log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": total})
+        row = evaluate(objective, policy, reference, evaluated, delta, args, device, lambda: leave(total))
+        log(row | {"step": total})
         show(total)
     if total > 0:
         if args.save_every:
@@ -412,4 +419,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signals.listen()
     main()

@@ -142,6 +142,13 @@ def from_rank_zero(value: int, device: torch.device) -> int:
     return int(agreed.item())
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest of all ranks' whole numbers, on every rank."""
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found.item())
+
+
 def ranks_where(holds: bool, device: torch.device) -> list[int]:
     """The ranks on which something holds, on every rank."""
     rank, world_size = ranks()

@@ -10,6 +10,7 @@ import re
 import resource
 import secrets
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 import checkpoint
 import config
 import fsdp
+import signals
 
 
 def check_run(args: argparse.Namespace) -> None:
@@ -127,6 +129,7 @@ def begin(
             config.write_json(Path(args.out) / "args.json", flags)
             rewind_log(args.out, start)
     write_status(args, rank, "running", start)
+    signals.wait()
 
 
 def save(
@@ -136,10 +139,10 @@ def save(
     optimizer: torch.optim.AdamW,
     made: dict[str, Any],
     extra: dict[str, Any] | None = None,
-) -> None:
+) -> str:
     """A checkpoint at a step, all ranks together. One that cannot be written costs nothing but itself: a
-    warning, and the next interval tries again. Weights that are not finite stop the run before they are
-    saved."""
+    warning, and the next interval tries again; returns why, or an empty string. Weights that are not finite
+    stop the run before they are saved."""
     rank = fsdp.ranks()[0]
     with failing(args, rank, step):
         check_weights(model, f"after step {step - 1}")
@@ -147,6 +150,30 @@ def save(
     if problem and rank == 0:
         print(f"warning: no checkpoint at step {step}: {problem}; going on", file=sys.stderr, flush=True)
     write_status(args, rank, "running", step, f"no checkpoint at step {step}: {problem}" if problem else "")
+    return problem
+
+
+def leave_if_told(
+    args: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    made: dict[str, Any],
+    extra: dict[str, Any] | None,
+    device: torch.device,
+    step: int,
+) -> None:
+    """Where a signal came to any rank: save the step that all have reached, say so, and end the process."""
+    number = fsdp.largest(signals.heard(), device)
+    if not number:
+        return
+    rank, why = fsdp.ranks()[0], signal.Signals(number).name
+    model.reshard()  # an evaluation has gathered some
+    problem = save(args, step, model, optimizer, made, extra) if step else ""
+    write_status(args, rank, "failed" if problem else "saved", step, f"{why}: {problem}" if problem else why)
+    if rank == 0:
+        print(f"stopped by {why} at step {step}; --resume auto goes on from there", flush=True)
+    fsdp.finish()
+    sys.exit(1 if problem else signals.exit_code(number))
 
 
 def check_weights(model: nn.Module, where: str) -> None:
@@ -166,8 +193,8 @@ def failing(args: argparse.Namespace, rank: int, step: int) -> Iterator[None]:
 
 
 def write_status(args: argparse.Namespace, rank: int, state: str, step: int, reason: str = "") -> None:
-    """status.json of the run: running, done or failed, at which optimiser step that was written, why, and the
-    newest checkpoint. Where the disk is full the old one stays."""
+    """status.json of the run: running, saved, done or failed, at which optimiser step that was written, why,
+    and the newest checkpoint. Where the disk is full the old one stays."""
     if rank == 0:
         status = {"state": state, "step": step, "time": time.time()}
         status |= {"reason": reason} if reason else {}

@@ -37,6 +37,7 @@ import model
 import progress
 import ranking
 import rundir
+import signals
 import store
 import trackers
 import vocab
@@ -108,13 +109,16 @@ def evaluate(
     examples: list[encode.Encoded],
     args: argparse.Namespace,
     device: torch.device,
+    between: Callable = lambda: None,
 ) -> dict[str, Any]:
-    """Means over the trained tokens of the held-out examples, all ranks together."""
+    """Means over the trained tokens of the held-out examples, all ranks together; `between` micro-batches all
+    of them may leave."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
     tallies = []
     works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
     for work in progress.bar(works, "evaluation"):
+        between()
         pack = batch.pack([examples[index] for index in work.groups], work.counted).to(device)
         tallies.append(tally(forward(policy, pack), pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
@@ -196,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ask = tokenizer.convert_tokens_to_ids(list(chat.CONTROL_TOKENS)[: args.method == "csft"])
     asked = evaluated[: args.sample_prompts]
     show = functools.partial(generation.show, policy, asked, ask, tokenizer, template, args.out)
+    leave = functools.partial(rundir.leave_if_told, args, policy, optimizer, made, {}, device)
 
     for step in range(start, total):
         epoch, index = divmod(step, steps_per_epoch)
@@ -206,8 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
+        leave(step)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            log(evaluate(policy, evaluated, args, device) | {"step": step})
+            log(evaluate(policy, evaluated, args, device, lambda: leave(step)) | {"step": step})
             show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
             rundir.save(args, step, policy, optimizer, made)
@@ -241,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(row)
 
     if evaluated:
-        log(evaluate(policy, evaluated, args, device) | {"step": total})
+        log(evaluate(policy, evaluated, args, device, lambda: leave(total)) | {"step": total})
         show(total)
     if total > 0:
         if args.save_every:
@@ -254,4 +260,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signals.listen()
     main()

@@ -266,3 +266,6 @@ def test_a_pipeline_answers_a_chat_and_stops(root, tmp_path):
     ask = hf.pipeline("text-generation", model=str(tmp_path / "run" / "final"), device="cpu")
     said = ask([{"role": "user", "content": row["prompt"]}], max_new_tokens=30, do_sample=False)
     assert said[0]["generated_text"][-1] == {"role": "assistant", "content": row["completion"]}
+    chat = [{"role": "user", "content": row["prompt"]}]
+    ids = ask(chat, max_new_tokens=30, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    assert ids[-1] == 2 and ids.count(2) == 2  # <|im_end|> of the prompt and of the answer, then nothing

@@ -521,5 +521,85 @@ def test_tokenising_processes_end_with_their_parent(tmp_path):
     assert busy and not left
 
 
+# ---- signals
+# -----------------------------------------------------------------------------------------------------------
+
+
+def told(argv, ready, *numbers, ranks=1):
+    """(exit code, stderr) of a script to which signals come when `ready()`: the last of its ranks alone."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher * (ranks > 1), *argv]
+    child = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.time() + 60
+        while not ready() and child.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
+        found = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        for number in numbers:
+            os.kill(int(found[-1]) if ranks > 1 else child.pid, number)
+        _, stderr = child.communicate(timeout=30)
+        return child.returncode, stderr
+    finally:
+        child.kill()
+
+
+@pytest.fixture
+def endless(root, tmp_path):
+    """(run directory, command line of a run that nobody waits for, its log)."""
+    out = tmp_path / "run"
+    more = ["--epochs", "100000", "--eval-data", root / "pairs.jsonl"]
+    return out, command(root, out, *more), out / "metrics.jsonl"
+
+
+@pytest.mark.parametrize("script, name, ranks", [("sft", "SIGINT", 1), ("align", "SIGUSR1", 2)])
+def test_a_signal_ends_the_step_saves_it_and_leaves(endless, script, name, ranks, monkeypatch):
+    # red: the loop without leave; exit_code without 128; each rank for itself, without fsdp.largest
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    out, argv, log = endless
+    ready = lambda: log.exists() and len(log.read_text().splitlines()) > 4  # noqa: E731
+    code, stderr = told([f"{script}.py", *argv], ready, getattr(signal, name), ranks=ranks)
+    assert code == (130 if name == "SIGINT" else 0), stderr
+    step = json.loads(log.read_text().splitlines()[-1])["step"] + 1
+    said = {"state": "saved", "step": step, "reason": name, "last_checkpoint": f"step-{step}"}
+    assert status(out) == status(out) | said
+    assert [path.name for path in checkpoint.complete(out)] == [f"step-{step}"] and not (out / "final").exists()
+    again = [*argv, "--steps", str(step + 1), "--resume", "auto"]
+    main = {"sft": sft, "align": align}[script].main
+    assert exit_code(main, again) is None and status(out)["step"] == step + 1
+
+
+def test_a_signal_during_an_evaluation_under_slurm(root, endless, monkeypatch):
+    # red: evaluate without between; exit_code without Slurm
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    out, argv, log = endless
+    (root / "many.jsonl").write_text(PAIRS * 300)
+    argv += ["--eval-data", f"{root}/many.jsonl", "--eval-examples", "1800", "--tokens-per-microbatch", "1"]
+    ready = (out / "tokenizer" / "generation_config.json").exists
+    code, stderr = told(["align.py", *argv], ready, signal.SIGTERM)
+    assert (code, stderr, log.exists()) == (0, "", False)
+    assert status(out)["state"] == "saved" and status(out)["step"] == 0
+
+
+def test_a_second_signal_ends_at_once(endless):
+    # red: _hear without HEARD["number"]
+    out, argv, log = endless
+    ready = lambda: log.exists() and "train" in log.read_text()  # noqa: E731
+    code, stderr = told(["align.py", *argv], ready, signal.SIGINT, signal.SIGTERM)
+    assert (code, stderr) == (143, "stopped by SIGTERM (again, nothing saved)\n")
+    assert not list(out.glob("step-*"))
+
+
+def test_a_signal_before_the_first_step(root, endless, monkeypatch):
+    # red: HEARD["waits"] True from the start
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    _, argv, _ = endless
+    cache = root / "slow-cache"
+    (root / "rows.jsonl").write_text(PAIRS * 2000)
+    argv += ["--data", f"{root}/rows.jsonl", "--token-cache", str(cache)]
+    code, stderr = told(["align.py", *argv], lambda: list(cache.glob("*.tmp")), signal.SIGTERM)
+    assert (code, stderr) == (143, "stopped by SIGTERM (before the first step, nothing to save)\n")
+
+
 if __name__ == "__main__":
     two_ranks(Path(sys.argv[1]))

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
-EVERYTHING |= {"generation", "progress", "rundir", "store", "values", "vocab"}
+EVERYTHING |= {"generation", "progress", "rundir", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "fsdp": set(),
     "checkpoint": {"fsdp"},
     "config": set(),
-    "rundir": {"checkpoint", "config", "fsdp"},
+    "rundir": {"checkpoint", "config", "fsdp", "signals"},
+    "signals": set(),
     "export": {"checkpoint", "config", "fsdp"},
     "parts": {"config"},
     "progress": set(),
