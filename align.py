@@ -319,8 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     units = objective.counts(train)  # (n,)
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
-    contents = model.digests(args.weights, model=args.model, reference=args.reference or args.model)
-    made = vars(args) | {"data_digest": train.digest} | contents
+    made = vars(args) | {"data_digest": train.digest} | model.digests(args)
     with config.user_errors():
         final_dtype = export.prepare(args)
         lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends

@@ -7,6 +7,7 @@ refuses one for which packing is not exact. Left out: encoder-decoders, images, 
 attention code of their own.
 """
 
+import argparse
 import contextlib
 import copy
 import os
@@ -142,9 +143,13 @@ def fingerprint(path: str, weights: str = "pretrained") -> str:
     return files.fingerprint(found + [*folder.glob("*.safetensors")] * (weights == "pretrained"))
 
 
-def digests(weights: str, **paths: str) -> dict[str, str]:
-    """Fingerprints as a checkpoint's record keeps them, `model_digest` for `model=PATH`."""
-    return {f"{key}_digest": fingerprint(path, weights) for key, path in paths.items()}
+def digests(args: argparse.Namespace) -> dict[str, str]:
+    """What a checkpoint's record says of the contents of a run's models: `model_digest`, and for align.py
+    `reference_digest`."""
+    paths = {"model": args.model}
+    if "reference" in vars(args):
+        paths["reference"] = args.reference or args.model
+    return {f"{key}_digest": fingerprint(path, args.weights) for key, path in paths.items()}
 
 
 def copied(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:

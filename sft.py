@@ -181,8 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = train.lengths  # (n,)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = args.epochs * steps_per_epoch if args.steps is None else args.steps
-    made = vars(args) | {"data_digest": train.digest}
-    made |= model.digests(args.weights, model=args.model)
+    made = vars(args) | {"data_digest": train.digest} | model.digests(args)
     with config.user_errors():
         final_dtype = export.prepare(args)
         lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends
