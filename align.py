@@ -30,12 +30,15 @@ import checkpoint
 import config
 import data
 import encode
+import export
 import fsdp
 import generation
 import losses
 import model
 import progress
 import ranking
+import rundir
+import signals
 import store
 import trackers
 import vocab
@@ -222,8 +225,9 @@ def evaluate(
     delta: Tensor,
     args: argparse.Namespace,
     device: torch.device,
+    between: Callable = lambda: None,
 ) -> dict[str, Any]:
-    """Means over the held-out examples, all ranks together."""
+    """Means over the held-out examples, all ranks together; `between` micro-batches all of them may leave."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
     keys = [example.prompt_key for example in examples]
@@ -234,6 +238,7 @@ def evaluate(
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
     subsets, tallies = ranking.pairs_by_subset(examples, how), []
     for work, pack, found in progress.bar(zip(works, packs, founds), "evaluation", len(packs)):
+        between()
         states = hidden_states(reference, pack) if reference else None  # (N, D)
         out, stats = forward(objective, policy, reference, pack, states, found)
         mine = {s: [k for k, g in enumerate(work.groups) if examples[g].subset == s] for s in subsets}
@@ -260,7 +265,7 @@ def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    config.check_run(args)
+    rundir.check_run(args)
     with config.user_errors():
         trackers.check(args.log_to)
         objective = make_objective(args)
@@ -314,27 +319,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     units = objective.counts(train)  # (n,)
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
-    made = vars(args) | {"data_digest": train.digest}
+    made = vars(args) | {"data_digest": train.digest} | model.digests(args)
     with config.user_errors():
+        final_dtype = export.prepare(args)
+        lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends
         start = checkpoint.resume(
-            args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, extra
+            args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, extra, total
         )
-    lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
-    if rank == 0:
-        config.rewind_log(args.out, start)
-        tokenizer.save_pretrained(f"{args.out}/tokenizer")
-        policy.lm.generation_config.to_json_file(f"{args.out}/tokenizer/generation_config.json")
+    rundir.begin(args, rank, start, policy, extra)
+    with rundir.failing(args, rank, start):
+        if rank == 0:
+            export.save_tokenizer(tokenizer, f"{args.out}/tokenizer", policy.lm.generation_config)
     unit, how = objective.batch_unit, objective.pairs or "best-worst"
     long = units[units > args.batch_size]  # of lists, which are not split
     if len(long):
         say(f"{len(long)} of {len(units)} lists have up to {long.max()} {unit}: a step with one is as large")
     say(f"start at step {start} of {total}: {args.loss}, {units.sum()} {unit}, {world_size} ranks")
 
-    config.write_status(args, rank, "running", start)
     trackers.start(args, rank, start)
-    log = functools.partial(config.write_row, args, rank, total)
+    log = functools.partial(rundir.write_row, args, rank, total)
     asked = evaluated[: args.sample_prompts]
     show = functools.partial(generation.show, policy, asked, [], tokenizer, template, args.out)
+    leave = functools.partial(rundir.leave_if_told, args, policy, optimizer, made, extra, device)
 
     for step in range(start, total):
         visit, update = divmod(step, args.ppo_epochs)  # optimiser steps on the same batch
@@ -348,11 +354,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         delta = running_mean(running, device)  # ()
+        leave(step)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": step})
+            row = evaluate(objective, policy, reference, evaluated, delta, args, device, lambda: leave(step))
+            log(row | {"step": step})
             show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
-            checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last, extra)
+            rundir.save(args, step, policy, optimizer, made, extra)
 
         began = time.perf_counter()
         if update == 0:
@@ -379,9 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
         if policy.value_head is not None:
             row["value_grad_norm"] = fsdp.clip_gradients(policy.value_head, args.max_value_grad_norm)
-        if not math.isfinite(row["loss"] + row["grad_norm"] + row.get("value_grad_norm", 0.0)):
-            config.write_status(args, rank, "failed", step)
-            config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
+        rundir.check_row(args, rank, step, row)
         if args.sync_reference_every and (step + 1) % args.sync_reference_every == 0:
             fsdp.copy_parameters(policy, reference)  # the policy before this update, not the one after it
         optimizer.step()
@@ -398,16 +404,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if evaluated:
         delta = running_mean(running, device)  # ()
-        log(evaluate(objective, policy, reference, evaluated, delta, args, device) | {"step": total})
+        row = evaluate(objective, policy, reference, evaluated, delta, args, device, lambda: leave(total))
+        log(row | {"step": total})
         show(total)
     if total > 0:
         if args.save_every:
-            checkpoint.save(args.out, total, policy, optimizer, made, args.keep_last, extra)
-        checkpoint.export(policy, tokenizer, f"{args.out}/final")
+            rundir.save(args, total, policy, optimizer, made, extra)
+        with rundir.failing(args, rank, total):
+            export.export(policy, tokenizer, f"{args.out}/final", final_dtype)
         say(f"wrote {args.out}/final")
-    config.write_status(args, rank, "done", total)
+    rundir.write_status(args, rank, "done", total)
     fsdp.finish()
 
 
 if __name__ == "__main__":
+    signals.listen()
     main()

@@ -1,6 +1,4 @@
-"""Checkpoints that are complete or absent, and the export to an ordinary Hugging Face directory.
-
-    python checkpoint.py export RUN/step-100 OUT [--dtype float32|bfloat16]
+"""Checkpoints that are complete or absent: save, resume, prune, and a reader that runs no code.
 
 A checkpoint `step-N` holds every parameter, AdamW's state, the random state of each rank and `trainer.json`
 (step, arguments, a checksum of every file). It is written under another name and renamed when complete, so a
@@ -11,39 +9,36 @@ needs.
 Left out: asynchronous saves, object stores, optimisers other than AdamW.
 """
 
-import argparse
 import contextlib
-import copy
 import json
 import os
 import pickle
 import re
 import shutil
 import sys
+import time
 import zlib
 from enum import EnumType
 from pathlib import Path
-from typing import Any, NoReturn, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-)
 
 import fsdp
 
 FORMAT = 1
+NONE, REFUSED = -1, -2  # what rank 0 says instead of a step
+# What a digest in the record stands for, and how to say that it changed.
+DIGESTS = {
+    "data": "other rows than --data has",
+    "model": "another --model than there is",
+    "reference": "another --reference than there is",
+}
 # What the metadata of tensors alone refers to.
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": (
@@ -97,40 +92,133 @@ def save(
     args: dict[str, Any],
     keep_last: int,
     extra: dict[str, Any] | None = None,
-) -> None:
-    """Write out/step-N, all ranks together, then prune to the newest `keep_last`. An existing step-N is left
-    alone. `extra` are further tensors by name (or dicts of them) that change during training."""
-    out = Path(out)
-    target = out / f"step-{step}"
-    beside = out / f".tmp-step-{step}"
-    rank = fsdp.ranks()[0]
+) -> str:
+    """Write out/step-N, all ranks together, then prune to the newest `keep_last`. A complete step-N is left
+    alone, an incomplete one put aside. `extra` are further tensors by name (or dicts of them) that change
+    during training.
+
+    Returns, on all ranks, why it could not be written, else an empty string. Then nothing of it is left, and
+    the checkpoints before it are as they were.
+    """
+    target, beside = Path(out) / f"step-{step}", Path(out) / f".tmp-step-{step}"
+    leads = fsdp.ranks()[0] == 0
+    device = next(model.parameters()).device
+    if fsdp.from_rank_zero(int(leads and _is_complete(target)), device):
+        return ""
+
+    def begin() -> None:
+        if leads:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+
+    def write() -> None:
+        dcp.save(_state(model, optimizer) | (extra or {}), checkpoint_id=str(beside))
+
+    def publish() -> None:
+        if leads:
+            _publish(beside, target, {"step": step, "args": args, "world_size": fsdp.ranks()[1]})
+            _prune(Path(out), keep_last)
+
+    problem = _tried(begin, device) or _tried(write, device) or _tried(publish, device)
+    if problem:
+        shutil.rmtree(beside, ignore_errors=True)  # on every rank: --out may be on a disk of its own
+    fsdp.barrier()
+    return problem
+
+
+def _tried(work: Callable[[], None], device: torch.device) -> str:
+    """Do this rank's part of a save. Why some rank could not do its own, on all ranks, or an empty string."""
+    problem = ""
+    try:
+        work()
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+    except CheckpointException as error:  # a BaseException, on all ranks where one fails
+        rank, (cause, _) = next(iter(error.failures.items()))
+        problem = f"rank {rank}: {str(cause).strip().splitlines()[0]}"
+    failed = fsdp.ranks_where(bool(problem), device)
+    return (problem or f"rank {failed[0]} could not") if failed else ""
+
+
+def _publish(beside: Path, target: Path, about: dict[str, Any]) -> None:
+    """Give a written checkpoint its record and its name. Raises ValueError if files of it are not here: a
+    rank wrote them to a disk of its own."""
+    named = {info.relative_path for info in _metadata(beside).storage_data.values()}
+    missing = [name for name in sorted(named) if not becomes((beside / name).exists)]
+    if missing:
+        raise ValueError(f"{missing[0]} is not there: is {target.parent} a disk that all nodes share?")
+    files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(beside.iterdir())}
+    with open(beside / "trainer.json", "w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **about, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
     if target.exists():
-        return
-    if rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    fsdp.barrier()
-    dcp.save(_state(model, optimizer) | (extra or {}), checkpoint_id=str(beside))
-    if rank == 0:
-        files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(beside.iterdir())}
-        record = {"format": FORMAT, "step": step, "args": args, "files": files}
-        record["world_size"] = fsdp.ranks()[1]
-        with open(beside / "trainer.json", "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-        for old in complete(out)[keep_last:]:
-            shutil.rmtree(old)
-    fsdp.barrier()
+        aside = _put_aside(target)
+        _warn(f"{target} is incomplete; it is {aside.name} now, and {target.name} is written again")
+    os.replace(beside, target)
+
+
+def _prune(out: Path, keep_last: int) -> None:
+    """Keep the newest. Renamed before it is removed: a kill leaves no half of a checkpoint under its name."""
+    for old in complete(out)[keep_last:]:
+        with contextlib.suppress(OSError):
+            os.replace(old, out / f".removed-{old.name}")
+        shutil.rmtree(out / f".removed-{old.name}", ignore_errors=True)
+
+
+def remove_leftovers(out: str | Path) -> None:
+    """What saves, prunes and exports that were killed have left in a run directory that nobody else uses."""
+    for pattern in (".tmp-*", ".removed-*"):
+        for path in Path(out).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def size(model: nn.Module, extra: dict[str, Any] | None = None) -> int:
+    """Bytes of a checkpoint, all ranks together: parameters, AdamW's two moments, and what `extra` holds."""
+    parameters = [*model.parameters(), *(p for p in model.parameters() if p.requires_grad for _ in "mv")]
+    for value in (extra or {}).values():
+        parameters += value.values() if isinstance(value, dict) else [value]
+    return sum(value.numel() * value.element_size() for value in parameters)
 
 
 def complete(out: str | Path) -> list[Path]:
     """The checkpoints of a run, newest first. A directory counts once it was renamed into place with its
     record."""
-    found = [path for path in Path(out).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    found = [path for path in found if (path / ".metadata").exists() and (path / "trainer.json").exists()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
+    found = [path for path in _steps(Path(out)) if _is_complete(path)]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _steps(out: Path) -> list[Path]:
+    return [path for path in out.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / ".metadata").exists() and (path / "trainer.json").exists()
+
+
+def becomes(holds: Callable[[], bool], seconds: float = 5) -> bool:
+    """Does it hold, at once or soon? Network file systems show late what another node wrote."""
+    for _ in range(int(seconds / 0.1)):
+        if holds():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename a checkpoint so that nothing takes it for one; its new path."""
+    names = (f".aside-{path.name}{mark}" for mark in ("", *(f"-{k}" for k in range(2, 1000))))
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    os.replace(path, aside)
+    return aside
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def resume(
@@ -142,26 +230,24 @@ def resume(
     free: Sequence[str],
     device: torch.device,
     extra: dict[str, Any] | None = None,
+    total: int | None = None,
 ) -> int:
     """Load what `--resume` names into model, optimizer and the `extra` of `save`, sharded as they are now,
     and return its step.
 
     `choice` None starts at 0; "auto" takes the newest whole checkpoint, or starts at 0 where there is none;
-    "step-N" must be whole. Raises ValueError if it is not, or was made with other flags than `args`, those in
-    `free` excepted.
+    "step-N" must be whole, and newer ones, of the course that is left, are put aside. Rank 0 chooses. Raises
+    ValueError on all ranks if there is none, a rank sees another one, it is beyond the `total` steps of this
+    run, or was made with other flags than `args`, those in `free` excepted. What `args` has a digest of is
+    compared by that and not by its path.
     """
     path = _find(Path(out), choice, device) if choice else None
     if path is None:
         return 0
     record = read_record(path)
-    for key in sorted(set(record["args"]) | set(args)):
-        made, now = record["args"].get(key), args.get(key)
-        if key in free or made == now or (key == "data_digest" and key not in record["args"]):
-            continue
-        if key == "data_digest":
-            raise ValueError(f"{path} was made from other rows than --data has now; choose another --out")
-        flag = f"--{key.replace('_', '-')}"
-        raise ValueError(f"{path} was made with {flag} {made}, this run has {flag} {now}")
+    if total is not None and record["step"] > total:
+        raise ValueError(f"--steps {total}: {path} is beyond that; choose another --out")
+    _compare(path, record["args"], args, free)
     state = _state(model, optimizer) | (extra or {})
     if record["world_size"] != fsdp.ranks()[1]:
         state = {key: value for key, value in state.items() if not key.startswith("rng_")}
@@ -169,7 +255,24 @@ def resume(
     for name, value in state.items():
         if name.startswith("rng_"):
             torch.set_rng_state(value)
+    if choice != "auto" and fsdp.ranks()[0] == 0:
+        for newer in sorted((p for p in _steps(Path(out)) if _number(p) > record["step"]), key=_number):
+            _warn(f"{newer} is newer than {choice}, which was asked for; it is {_put_aside(newer).name} now")
     return record["step"]
+
+
+def _compare(path: Path, made: dict[str, Any], now: dict[str, Any], free: Sequence[str]) -> None:
+    """Raises ValueError unless a checkpoint was made with the flags, data and models of this run."""
+    digested = {key for key in DIGESTS if f"{key}_digest" in made and f"{key}_digest" in now}
+    for key, what in DIGESTS.items():
+        if key in digested and made[f"{key}_digest"] != now[f"{key}_digest"]:
+            raise ValueError(f"{path} was made from {what} now; choose another --out")
+    skipped = {*free, *digested, *(f"{key}_digest" for key in DIGESTS)}
+    for key in sorted((set(made) | set(now)) - skipped):
+        then, wanted = made.get(key), now.get(key)
+        if then != wanted:
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(f"{path} was made with {flag} {then}, this run has {flag} {wanted}")
 
 
 def _metadata(path: Path) -> Metadata:
@@ -190,35 +293,57 @@ def _read(path: Path, state: dict[str, Any], **options: Any) -> None:
         raise ValueError(f"{path}: does not fit this model: {cause}") from error
 
 
+def read_model(path: Path) -> dict[str, Tensor]:
+    """The parameters of a whole checkpoint, by name, in one process. Raises ValueError if it is not whole."""
+    if path.name not in [found.name for found in complete(path.parent)]:
+        raise ValueError(f"{path}: no complete checkpoint")
+    if problem := _damage(path):
+        raise ValueError(f"{path}: {problem}")
+    saved = _metadata(path).state_dict_metadata
+    shapes = {name.removeprefix("model."): it.size for name, it in saved.items() if name.startswith("model.")}
+    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    _read(path, {"model": state}, no_dist=True)
+    return state
+
+
 def _find(out: Path, choice: str, device: torch.device) -> Path | None:
-    """The checkpoint to resume from, on all ranks. Rank 0 checks sizes and checksums; with "auto" it puts a
-    damaged one aside, so that the step can be written again."""
+    """The checkpoint to resume from: rank 0 chooses, and every rank must see that very one."""
+    step, problem = NONE, ""
+    if fsdp.ranks()[0] == 0:
+        try:
+            step = _choose(out, choice)
+        except (ValueError, OSError) as error:
+            step, problem = REFUSED, str(error)
+    step = fsdp.from_rank_zero(step, device)
+    if step == REFUSED:
+        raise ValueError(problem or f"{out}: refused by rank 0")
+    if step == NONE:
+        return None
+    path = out / f"step-{step}"
+    seen = _checksum(path / "trainer.json") if becomes((path / "trainer.json").exists) else -1
+    others = fsdp.ranks_where(seen != fsdp.from_rank_zero(seen, device), device)
+    if others:
+        raise ValueError(f"{path}: rank 0 goes on from it, and ranks {others} do not see it there")
+    return path
+
+
+def _choose(out: Path, choice: str) -> int:
+    """The step to resume from. Sizes and checksums are checked; with "auto" a damaged one is put aside, so
+    that the step can be written again. Raises ValueError if a named one is not whole."""
     candidates = complete(out)
     if choice != "auto":
         names = ", ".join(path.name for path in candidates) or "none"
         candidates = [path for path in candidates if path.name == choice]
         if not candidates:
             raise ValueError(f"no complete checkpoint at {out / choice} (complete: {names})")
-    chosen = -1
-    damage = "damaged"
-    for index, path in enumerate(candidates if fsdp.ranks()[0] == 0 else []):
-        damage = _damage(path)
-        if not damage:
-            chosen = index
-            break
-        if choice != "auto" or "this program reads" in damage:
-            break
-        print(f"warning: {path}: {damage}; passed over", file=sys.stderr, flush=True)
-        aside = path.with_name(f".damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-    else:
-        damage = ""
-    refused = bool(damage) and chosen < 0
-    chosen, refused = (fsdp.from_rank_zero(int(value), device) for value in (chosen, refused))
-    if refused:
-        raise ValueError(f"{out}: {damage}" if choice == "auto" else f"{candidates[0]}: {damage}")
-    return candidates[chosen] if chosen >= 0 else None
+    for path in candidates:
+        problem = _damage(path)
+        if not problem:
+            return _number(path)
+        if choice != "auto" or "this program reads" in problem:
+            raise ValueError(f"{path}: {problem}")
+        _warn(f"{path}: {problem}; passed over, it is {_put_aside(path).name} now")
+    return NONE
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -271,109 +396,3 @@ def _damage(path: Path) -> str:
         if _checksum(file) != checksum:
             return f"{name} has changed since it was written"
     return ""
-
-
-def export(
-    model: nn.Module,
-    tokenizer: Any,
-    out: str | Path,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """A sharded LanguageModel as a Hugging Face directory, all ranks together; `from_pretrained` loads it.
-
-    With a `score` head it is a sequence classifier; a value head goes beside it, value_head.safetensors.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)  # collective; empty on all ranks but 0
-    if fsdp.ranks()[0] == 0:
-        _write(model.lm, state, tokenizer, out, dtype)
-    fsdp.barrier()
-
-
-def _write(
-    lm: nn.Module, state: dict[str, Tensor], tokenizer: Any, out: str | Path, dtype: torch.dtype
-) -> None:
-    """Save a LanguageModel's state dict under another name and rename it when complete."""
-    out = Path(out)
-    if out.exists() and not (out / "config.json").exists():
-        raise ValueError(f"{out}: exists and is not an exported model")
-    beside = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    # the skeleton sets its own attention, and a live model shares its config
-    config = copy.deepcopy(lm.config)
-    kind = AutoModelForSequenceClassification if hasattr(lm, "score") else AutoModelForCausalLM
-    with torch.device("meta"):
-        skeleton = kind.from_config(config, dtype=dtype, attn_implementation="eager")
-    if kind is AutoModelForCausalLM:
-        skeleton.generation_config = lm.generation_config
-    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-    # a tied weight once
-    kept = {name for name, _ in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
-    plain = {name.removeprefix("lm."): value for name, value in state.items()}
-    skeleton.save_pretrained(
-        beside, state_dict={name: value for name, value in plain.items() if name in kept}
-    )
-    values = {name: value for name, value in state.items() if name.startswith("value_head.")}
-    if values:
-        save_file(values, beside / "value_head.safetensors")
-    tokenizer.save_pretrained(beside)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(beside, out)
-
-
-def _export_offline(path: Path, out: Path, dtype: torch.dtype) -> None:
-    """The same from a checkpoint on disk, in one process."""
-    if path.name not in [found.name for found in complete(path.parent)]:
-        raise ValueError(f"{path}: no complete checkpoint")
-    if _damage(path):
-        raise ValueError(f"{path}: {_damage(path)}")
-    saved = _metadata(path).state_dict_metadata
-    shapes = {
-        name.removeprefix("model."): entry.size for name, entry in saved.items() if name.startswith("model.")
-    }
-    source = read_record(path)["args"]["model"]
-    kept = path.parent / "tokenizer"  # the run's own, with the tokens and the template it added
-    tokenizer = AutoTokenizer.from_pretrained(kept if kept.exists() else source)
-    config = AutoConfig.from_pretrained(source)
-    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for place in (source, kept):  # a model need not have one; the run's own knows where training ended turns
-        with contextlib.suppress(OSError):
-            lm.generation_config = GenerationConfig.from_pretrained(place)
-    embedding = lm.get_input_embeddings().weight
-    name = next(name for name, parameter in lm.named_parameters() if parameter is embedding)
-    config.get_text_config().vocab_size = shapes[f"lm.{name}"][0]  # it may have grown
-    head = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
-    if f"lm.{head}.weight" in shapes:
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    state = {name: torch.empty(shape) for name, shape in shapes.items()}
-    _read(path, {"model": state}, no_dist=True)
-    if "lm.score.weight" in state:
-        lm.score = nn.Linear(state["lm.score.weight"].shape[1], 1, bias=False)
-        lm.config.num_labels = 1
-        lm.config.pad_token_id = tokenizer.pad_token_id
-    _write(lm, state, tokenizer, out, dtype)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = _fail
-    parser.add_argument("command", choices=["export"])
-    parser.add_argument("step", type=Path, help="a checkpoint, RUN/step-N")
-    parser.add_argument("out", type=Path, help="the directory to write")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args()
-    try:
-        _export_offline(args.step, args.out, getattr(torch, args.dtype))
-    except (ValueError, OSError) as error:
-        _fail(str(error))
-    print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    main()

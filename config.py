@@ -1,5 +1,4 @@
-"""Command lines, errors and the run directory: everything around training that does not change what is
-trained.
+"""Command lines and errors: what a user typed, and the one line that says what is wrong with it.
 
 argparse is the only schema. A config file, given as the first argument, is turned into tokens placed before
 the rest of the command line, so that its values pass the very same checks and the command line wins.
@@ -8,21 +7,17 @@ the rest of the command line, so that its values pass the very same checks and t
 import argparse
 import contextlib
 import difflib
-import fcntl
 import functools
 import inspect
 import json
 import math
 import os
 import re
-import resource
 import sys
 import time
 import tomllib
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, Sequence
-
-import torch
 
 
 def fail(where: str, what: str = "", right: str = "") -> NoReturn:
@@ -125,18 +120,53 @@ def boolean(text: str) -> bool:
     return text == "true"
 
 
+def text(value: str) -> str:
+    """A path or a name: not empty, nothing that no file system takes."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    if "\0" in value:
+        raise argparse.ArgumentTypeError("must not hold a NUL character")
+    if len(os.fsencode(value)) > 4095 or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
+        raise argparse.ArgumentTypeError(f"is too long for a path: {value[:40]}...")
+    return value
+
+
+def directory(value: str) -> str:
+    """A directory that is there or can be made, and can be written to."""
+    path = Path(text(value)).absolute()
+    while not os.path.lexists(path):
+        path = path.parent
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{value}: {path} is not a directory")
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{value}: {path} cannot be written to")
+    return value
+
+
+def _resumable(value: str) -> str:
+    if not re.fullmatch(r"auto|step-\d+", value):
+        raise argparse.ArgumentTypeError(f"must be auto or step-N, got {value!r}")
+    return value
+
+
 def add_run_flags(made: argparse.ArgumentParser) -> None:
     """Flags that do not change training: where it is written, how often, and how it goes on."""
     group = made.add_argument_group("run")
-    group.add_argument("--out", required=True, help="run directory; logs, checkpoints and final/ go there")
-    group.add_argument(
-        "--resume", default=None, metavar="auto|step-N", help="auto: the newest complete checkpoint, if any"
-    )
+    out = "run directory; logs, checkpoints and final/ go there"
+    group.add_argument("--out", type=directory, required=True, help=out)
+    auto = "auto: the newest complete checkpoint, if any"
+    group.add_argument("--resume", type=_resumable, default=None, metavar="auto|step-N", help=auto)
     group.add_argument(
         "--save-every", type=count_or_zero, default=0, help="optimiser steps between checkpoints; 0: none"
     )
     group.add_argument(
         "--keep-last", type=functools.partial(count, least=2), default=2, help="checkpoints kept"
+    )
+    group.add_argument(
+        "--final-dtype",
+        choices=("float32", "bfloat16"),
+        default=None,
+        help="of final/; None: bfloat16 if the model came in it, else float32",
     )
     group.add_argument("--log-every", type=count, default=1, help="optimiser steps between progress lines")
     trackers = ("tensorboard", "wandb", "trackio")
@@ -146,6 +176,7 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument(
         "--token-cache",
+        type=directory,
         default=os.environ.get("TOKEN_CACHE", "cache/tokens"),
         help="encoded rows, kept and shared",
     )
@@ -154,7 +185,7 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
 
 # What does not change what is trained: where and how often a run writes, and how it computes.
 HOW_FLAGS = (
-    "out", "resume", "save_every", "keep_last", "log_every", "log_to", "device", "token_cache",
+    "out", "resume", "save_every", "keep_last", "final_dtype", "log_every", "log_to", "device", "token_cache",
     "trust_remote_code", "strict_data", "tokens_per_microbatch", "activation_checkpointing", "eval_data",
     "eval_every", "eval_examples", "sample_prompts",
 )  # fmt: skip
@@ -220,11 +251,19 @@ def functions_returning(module: Any, record: type) -> dict[str, Callable]:
 
 
 def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line whose first argument may be a .toml or .json file of flags."""
+    """Parse a command line whose first argument may be a .toml or .json file of flags. No text may be empty
+    or unfit for a path."""
     tokens = list(argv)
     if tokens and tokens[0].endswith((".toml", ".json")) and not tokens[0].startswith("-"):
         tokens = _tokens(made, Path(tokens[0])) + tokens[1:]
-    return made.parse_args(tokens)
+    args = made.parse_args(tokens)
+    for key, value in vars(args).items():
+        for part in value if isinstance(value, list) else [value]:
+            try:
+                text(part) if isinstance(part, str) else None
+            except argparse.ArgumentTypeError as error:
+                fail(f"--{key.replace('_', '-')}", str(error))
+    return args
 
 
 def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
@@ -269,144 +308,8 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
     return tokens
 
 
-# ---- the run directory
-# -----------------------------------------------------------------------------------------------
-
-
-def check_run(args: argparse.Namespace) -> None:
-    """Fail before any work if the run directory holds a run and --resume is not given, or a finished run of
-    other flags; end with exit code 0 if this very run is finished. One that shall go on for more steps needs
-    a checkpoint."""
-    out = Path(args.out)
-    held = [path.name for pattern in ("step-*", "final") for path in out.glob(pattern)]
-    if held and args.resume is None:
-        fail(f"{out} already holds {held[-1]}", right="pass --resume auto or another --out")
-    if "final" not in held:
-        return
-    changed = _changed_flags(args, out / "args.json")
-    if not changed:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{out}/final is there: nothing to do")
-        sys.exit(0)
-    others = [key for key in changed if key not in ("steps", "epochs")]
-    key = (others or list(changed))[0]
-    flag, (made, now) = f"--{key.replace('_', '-')}", changed[key]
-    if others:
-        fail(
-            str(out),
-            f"is finished and was made with {flag} {made}, this run has {now}",
-            "choose another --out",
-        )
-    saved = [int(name[5:]) for name in held if re.fullmatch(r"step-\d+", name)]
-    if not saved:
-        fail(
-            f"{out} is finished",
-            f"{flag} {now} needs a checkpoint to go on from",
-            "it was run without --save-every",
-        )
-    if args.steps is not None and max(saved) >= args.steps:
-        fail(f"--steps {args.steps}", f"{out} has gone to step {max(saved)}")
-
-
-def _changed_flags(args: argparse.Namespace, path: Path) -> dict[str, tuple[Any, Any]]:
-    """Flags of training that are not those a run was made with: (then, now)."""
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fail(str(path), f"cannot be read: {error}", "choose another --out")
-    now = json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in HOW_FLAGS}))
-    return {
-        key: (made.get(key), value)
-        for key, value in now.items()
-        if made.get(key) != value and not (key not in made and value in (None, False))
-    }
-
-
-def open_run(args: argparse.Namespace, rank: int) -> Any:
-    """Take the run directory: created, locked by rank 0 as long as the returned file lives, args.json
-    written.
-
-    Fails if it cannot be written or another run holds it.
-    """
-    if rank != 0:
-        return None
-    out = Path(args.out)
-    with user_errors():
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(str(out), "in use by another run", "choose another --out")
-    write_json(out / "args.json", {key: value for key, value in vars(args).items() if value is not None})
-    return lock
-
-
-def write_status(args: argparse.Namespace, rank: int, state: str, step: int) -> None:
-    """status.json of the run: running, done or failed, and at which optimiser step that was written."""
-    if rank == 0:
-        write_json(Path(args.out) / "status.json", {"state": state, "step": step, "time": time.time()})
-
-
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by a complete one."""
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, path)
-
-
-def log_row(out: str | Path, row: dict[str, Any]) -> None:
-    """Append one line to metrics.jsonl; a number that is not finite becomes the string JSON has no number
-    for."""
-    plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(plain) + "\n")
-
-
-def write_row(args: argparse.Namespace, rank: int, total: int, row: dict[str, Any]) -> None:
-    """Rank 0 logs a row and, every --log-every steps, prints it."""
-    if rank == 0:
-        row = {**row, "time": time.time(), "mem_gb": peak_memory_gb()}
-        log_row(args.out, row)
-        if row["split"] == "eval" or row["step"] % args.log_every == 0 or row["step"] == total - 1:
-            print(progress(row, total), flush=True)
-
-
-def rewind_log(out: str | Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl that a run resumed at `step` will write again."""
-    path = Path(out) / "metrics.jsonl"
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):  # a last line cut by a kill
-            kept += [line] * (json.loads(line)["step"] < step)
-    beside = path.with_name(".metrics.tmp")
-    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(beside, path)
-
-
-def progress(row: dict[str, Any], total: int) -> str:
-    """The console's one line per step, from a row of metrics.jsonl."""
-    parts = [f"{row['split']} step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
-    named = {
-        "acc": ("rewards/accuracies", "logps/accuracies"), "margin": ("rewards/margins", "logps/margins"),
-        "kl": ("kl/chosen",), "risk": ("risk/chosen",),
-    }  # fmt: skip
-    for label, keys in named.items():
-        parts += [f"{label} {row[key]:.4g}" for key in keys if key in row]
-    if row["split"] == "train":
-        parts.append(f"lr {row['lr']:.2e}")
-        parts.append(f"gnorm {row['grad_norm']:.3g}")
-        eta = int(row["step_s"] * (total - row["step"] - 1))
-        parts.append(f"{row['tok_per_s']:,.0f} tok/s | {row['step_s']:.2f} s/it | mem {row['mem_gb']:.2f}G")
-        parts.append(f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
-    return " | ".join(parts)
-
-
-def peak_memory_gb() -> float:
-    """Peak memory in GB: of the GPU where there is one, else the resident set of the whole process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -3,6 +3,7 @@
     rows           (where, row) of a file, where "file:line" or "file[index]"
     suffix         what says which kind of file it is
     split_names    what a split may be called
+    fingerprint    a hash of what files of any kind hold, of a few blocks of each
 
 JSON may be lines, indented objects one after another, one list, or one object that holds the list ({"data":
 [...]}, {"train": [...], "test": [...]}), whatever the file is called. Bytes are UTF-8, with a byte order mark
@@ -15,15 +16,17 @@ thousand times its size nor a row without an end is held: a row has at most MAX_
 import codecs
 import csv
 import gzip
+import hashlib
 import json
 import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator
+from typing import Any, BinaryIO, Iterable, Iterator
 
 MAX_ROW = 2**24  # characters
 CHUNK = 2**20  # bytes read at a time
+BLOCK = 4096  # bytes of a sample
 JSON = (".jsonl", ".ndjson", ".json")
 TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*JSON, *TABLES, ".parquet")
@@ -36,6 +39,22 @@ CALLS = ("tools", "tool_calls", "function_call")
 SPACE = re.compile(r"\s*")
 ITEM = re.compile(r"\[\s*(\S)")  # what a list begins with
 DECODER = json.JSONDecoder()
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """A hash of files' names, sizes, and 64 blocks of 4 kB of each, its first and last among them: 0.02 s for
+    files of any size. Other weights, other rows, a hole that a crash left, are seen; one changed byte in a
+    file of over 256 kB need not be."""
+    found = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}\n".encode())
+        last = max(0, size - BLOCK)
+        with open(path, "rb", buffering=0) as file:
+            for index in range(64):
+                file.seek(last * index // 63)
+                found.update(file.read(BLOCK))
+    return found.hexdigest()
 
 
 def suffix(path: Path) -> str:

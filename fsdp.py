@@ -142,6 +142,36 @@ def from_rank_zero(value: int, device: torch.device) -> int:
     return int(agreed.item())
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest of all ranks' whole numbers, on every rank."""
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found.item())
+
+
+def ranks_where(holds: bool, device: torch.device) -> list[int]:
+    """The ranks on which something holds, on every rank."""
+    rank, world_size = ranks()
+    flags = torch.zeros(world_size, dtype=torch.int32, device=device)
+    flags[rank] = int(holds)
+    dist.all_reduce(flags)
+    return [index for index, flag in enumerate(flags.tolist()) if flag]
+
+
+@torch.no_grad()
+def not_finite(model: nn.Module) -> str:
+    """The name of the first parameter that holds a number which is not finite, on any rank, or an empty
+    string: one pass over this rank's shards and one all_reduce of a number."""
+    named = list(model.named_parameters())
+    local = [p.to_local() if isinstance(p, DTensor) else p for _, p in named]
+    filled = [index for index, shard in enumerate(local) if shard.numel()]  # a rank may hold nothing of one
+    peaks = torch.stack(torch._foreach_norm([local[index] for index in filled], float("inf"))).float()
+    first = next((i for i, bad in zip(filled, (~peaks.isfinite()).tolist()) if bad), len(named))
+    found = torch.tensor(first, device=local[0].device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return [*(name for name, _ in named), ""][int(found.item())]
+
+
 def barrier() -> None:
     dist.barrier()
 

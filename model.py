@@ -7,6 +7,7 @@ refuses one for which packing is not exact. Left out: encoder-decoders, images, 
 attention code of their own.
 """
 
+import argparse
 import contextlib
 import copy
 import os
@@ -23,9 +24,11 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 import attention
+import files
 import vocab
 
 transformers_logging.disable_progress_bar()
@@ -97,9 +100,9 @@ def load(
     under `seed`. Embeddings grow to `vocabulary` rows where they have fewer and are never shrunk; a new row
     is the mean of the old ones plus noise that its index alone decides, so that equal models stay equal and
     no two new tokens start as one vector. With `reward_model` a sequence classifier is taken too, as the
-    language model whose head it has lost. Raises ValueError: no such model, pickle weights, missing weights,
-    positions shorter than `max_length`, or an architecture for which packed attention does not reproduce the
-    model's own logits.
+    language model whose head it has lost. Raises ValueError: no such model, pickle weights, weights that are
+    missing or not finite, positions shorter than `max_length`, or an architecture for which packed attention
+    does not reproduce the model's own logits.
     """
     trust = {"trust_remote_code": trust_remote_code}
     options = {**trust, **_local(path)}
@@ -110,6 +113,7 @@ def load(
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
         else:
             lm = _from_pretrained(path, config, torch.float32, options, reward_model)
+    _refuse_not_finite(path, lm)
     _grow(lm, vocabulary)
     _check_positions(path, lm.config.get_text_config(), max_length)
     _disable_dropout(lm)
@@ -127,6 +131,25 @@ def load_plain(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     with _one_line(path):
         config = AutoConfig.from_pretrained(path, **options)
         return _from_pretrained(path, config, dtype, options, False).eval()
+
+
+def fingerprint(path: str, weights: str = "pretrained") -> str:
+    """A hash of the contents of a model, wherever it lies: its config.json and, of "pretrained" weights,
+    samples of each file (files.fingerprint)."""
+    folder = Path(path)
+    if not folder.exists():  # a hub name: its snapshot, which load has fetched
+        folder = Path(cached_file(path, "config.json", local_files_only=True)).parent
+    found = [folder / "config.json"]
+    return files.fingerprint(found + [*folder.glob("*.safetensors")] * (weights == "pretrained"))
+
+
+def digests(args: argparse.Namespace) -> dict[str, str]:
+    """What a checkpoint's record says of the contents of a run's models: `model_digest`, and for align.py
+    `reference_digest`."""
+    paths = {"model": args.model}
+    if "reference" in vars(args):
+        paths["reference"] = args.reference or args.model
+    return {f"{key}_digest": fingerprint(path, args.weights) for key, path in paths.items()}
 
 
 def copied(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
@@ -304,6 +327,14 @@ def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
         raise ValueError(
             f"{path}: {len(missing + wrong)} weights missing or misshapen (first: {(missing + wrong)[0]})"
         )
+
+
+def _refuse_not_finite(path: str, lm: nn.Module) -> None:
+    named = list(lm.named_parameters())
+    peaks = torch._foreach_norm([parameter.detach() for _, parameter in named], float("inf"))
+    bad = [name for (name, _), peak in zip(named, peaks) if not peak.isfinite()]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} weights hold numbers that are not finite (first: {bad[0]})")
 
 
 def _untie(lm: nn.Module) -> None:

@@ -29,12 +29,15 @@ import checkpoint
 import config
 import data
 import encode
+import export
 import fsdp
 import generation
 import losses
 import model
 import progress
 import ranking
+import rundir
+import signals
 import store
 import trackers
 import vocab
@@ -106,13 +109,16 @@ def evaluate(
     examples: list[encode.Encoded],
     args: argparse.Namespace,
     device: torch.device,
+    between: Callable = lambda: None,
 ) -> dict[str, Any]:
-    """Means over the trained tokens of the held-out examples, all ranks together."""
+    """Means over the trained tokens of the held-out examples, all ranks together; `between` micro-batches all
+    of them may leave."""
     rank, world_size = fsdp.ranks()
     lengths = [example.tokens for example in examples]
     tallies = []
     works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
     for work in progress.bar(works, "evaluation"):
+        between()
         pack = batch.pack([examples[index] for index in work.groups], work.counted).to(device)
         tallies.append(tally(forward(policy, pack), pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
@@ -141,7 +147,7 @@ def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    config.check_run(args)
+    rundir.check_run(args)
     with config.user_errors():
         trackers.check(args.log_to)
         rank, world_size, device = fsdp.init(args.device)
@@ -175,22 +181,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = train.lengths  # (n,)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = args.epochs * steps_per_epoch if args.steps is None else args.steps
-    made = vars(args) | {"data_digest": train.digest}
+    made = vars(args) | {"data_digest": train.digest} | model.digests(args)
     with config.user_errors():
-        start = checkpoint.resume(args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device)
-    lock = config.open_run(args, rank)  # noqa: F841  held until the process ends
-    if rank == 0:
-        config.rewind_log(args.out, start)
-        tokenizer.save_pretrained(f"{args.out}/tokenizer")
-        policy.lm.generation_config.to_json_file(f"{args.out}/tokenizer/generation_config.json")
+        final_dtype = export.prepare(args)
+        lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends
+        start = checkpoint.resume(
+            args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, {}, total
+        )
+    rundir.begin(args, rank, start, policy)
+    with rundir.failing(args, rank, start):
+        if rank == 0:
+            export.save_tokenizer(tokenizer, f"{args.out}/tokenizer", policy.lm.generation_config)
     say(f"start at step {start} of {total}: {len(train)} examples, {world_size} ranks")
 
-    config.write_status(args, rank, "running", start)
     trackers.start(args, rank, start)
-    log = functools.partial(config.write_row, args, rank, total)
+    log = functools.partial(rundir.write_row, args, rank, total)
     ask = tokenizer.convert_tokens_to_ids(list(chat.CONTROL_TOKENS)[: args.method == "csft"])
     asked = evaluated[: args.sample_prompts]
     show = functools.partial(generation.show, policy, asked, ask, tokenizer, template, args.out)
+    leave = functools.partial(rundir.leave_if_told, args, policy, optimizer, made, {}, device)
 
     for step in range(start, total):
         epoch, index = divmod(step, steps_per_epoch)
@@ -201,11 +210,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
+        leave(step)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            log(evaluate(policy, evaluated, args, device) | {"step": step})
+            log(evaluate(policy, evaluated, args, device, lambda: leave(step)) | {"step": step})
             show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
-            checkpoint.save(args.out, step, policy, optimizer, made, args.keep_last)
+            rundir.save(args, step, policy, optimizer, made)
 
         began = time.perf_counter()
         shares = plan[index]  # of the ranks
@@ -224,9 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         row = fsdp.mean_over_ranks(tallies)
         row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
-        if not math.isfinite(row["grad_norm"] + row["loss"]):
-            config.write_status(args, rank, "failed", step)
-            config.fail(f"step {step}", "the loss or its gradient is not finite", "weights left as they were")
+        rundir.check_row(args, rank, step, row)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -238,16 +246,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(row)
 
     if evaluated:
-        log(evaluate(policy, evaluated, args, device) | {"step": total})
+        log(evaluate(policy, evaluated, args, device, lambda: leave(total)) | {"step": total})
         show(total)
     if total > 0:
         if args.save_every:
-            checkpoint.save(args.out, total, policy, optimizer, made, args.keep_last)
-        checkpoint.export(policy, tokenizer, f"{args.out}/final")
+            rundir.save(args, total, policy, optimizer, made)
+        with rundir.failing(args, rank, total):
+            export.export(policy, tokenizer, f"{args.out}/final", final_dtype)
         say(f"wrote {args.out}/final")
-    config.write_status(args, rank, "done", total)
+    rundir.write_status(args, rank, "done", total)
     fsdp.finish()
 
 
 if __name__ == "__main__":
+    signals.listen()
     main()

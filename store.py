@@ -11,12 +11,14 @@ Left out: sharing between machines without a common file system (each tokenises 
 """
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -64,7 +66,7 @@ class About(NamedTuple):
     remarks: dict[str, tuple[int, str]]  # rows that were changed
     unread: list[str]  # keys
     digest: str  # of all ids, masks, scores and weights: what training depends on
-    bytes: dict[str, int]  # of each array
+    sample: str  # files.fingerprint of the arrays
 
 
 def load(
@@ -192,10 +194,10 @@ def _write(
                     raw = np.ascontiguousarray(array, kind).tobytes()
                     file.write(raw)
                     digest.update(raw)
-        sizes = {name: (beside / name).stat().st_size for name in Arrays._fields}
+        sample = files.fingerprint(beside / name for name in Arrays._fields)
         trained = [one.hexdigest() for name, one in zip(Arrays._fields, hashes) if name != "subsets"]
         digest = hashlib.sha256("".join(trained).encode()).hexdigest()
-        about = About(*total, sorted(map(str, unread)), digest, sizes)
+        about = About(*total, sorted(map(str, unread)), digest, sample)
         (beside / "about.json").write_text(json.dumps(about._asdict()), encoding="utf-8")
         os.replace(beside, place)
     finally:
@@ -234,7 +236,7 @@ def _encoded(
     say(f"tokenising with {workers} processes")
     # spawned: a fork would copy the locks of the threads that torch has started
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (encoding,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (encoding, os.getpid())) as pool:
         waiting = deque()
         try:
             for chunk in chain([following], chunks):
@@ -247,7 +249,12 @@ def _encoded(
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(encoding: Encoding) -> None:
+def _start_worker(encoding: Encoding, parent: int) -> None:
+    """A worker ends with its parent, however that ends: left alone it would wait for rows for ever."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux has this
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended before that call
+        os._exit(1)
     _work.encoding = encoding
 
 
@@ -303,10 +310,11 @@ def _flat(examples: Iterable[Encoded]) -> Arrays:
 
 
 def _complete(place: Path) -> bool:
-    """Is everything there that was written? A crash of the machine may have kept the names and lost bytes."""
+    """Is everything there that was written? A crash of the machine may have kept the names, or the sizes too,
+    and lost bytes. Samples: a sum over all bytes takes a second a gigabyte and more, at every start."""
     try:
-        sizes = json.loads((place / "about.json").read_text(encoding="utf-8"))["bytes"]
-        return all((place / name).stat().st_size == size for name, size in sizes.items())
+        sample = json.loads((place / "about.json").read_text(encoding="utf-8"))["sample"]
+        return sample == files.fingerprint(place / name for name in Arrays._fields)
     except (OSError, ValueError, KeyError):
         return False
 

@@ -124,11 +124,11 @@ def profile_last_step(argv: list[str]) -> None:
     """align.py with its last step under the profiler; prints the seconds of each kind of work as JSON."""
     import align
     import batch
-    import config
+    import rundir
 
     steps = int(argv[argv.index("--steps") + 1])
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    packs, write_row = batch.packs, config.write_row
+    packs, write_row = batch.packs, rundir.write_row
     calls = []
 
     def begin(*parts):  # noqa: ANN002, ANN202
@@ -142,7 +142,7 @@ def profile_last_step(argv: list[str]) -> None:
             profiler.stop()
         return write_row(*parts)
 
-    batch.packs, config.write_row = begin, end
+    batch.packs, rundir.write_row = begin, end
     align.main(argv)
     found = dict.fromkeys([*KINDS, "the rest: dispatch, Python, hooks"], 0.0)
     for event in profiler.key_averages():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +23,7 @@ import align
 import batch
 import checkpoint
 import encode
+import export
 import fsdp
 import model
 import vocab
@@ -272,7 +274,10 @@ def test_only_tensors_are_read(run, fresh, monkeypatch):
     monkeypatch.chdir(run)
     state = checkpoint._state
     monkeypatch.setattr(checkpoint, "_state", lambda *lm: state(*lm) | {"extra": Payload()})
-    checkpoint.save(run, 3, *fresh, ARGS, 2)
+    assert "refusing" in checkpoint.save(run, 3, *fresh, ARGS, 2) and names(run) == ["step-1", "step-2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_metadata", lambda path: FileSystemReader(str(path)).read_metadata())
+        assert checkpoint.save(run, 3, *fresh, ARGS, 2) == ""
     with pytest.raises(ValueError, match="step-3.*refus"):
         resume(run, "step-3", fresh)
     assert "marker" not in names(run)
@@ -294,7 +299,7 @@ def test_export_loads(name, dtype, tmp_path):
     lm = build(path)
     train(*lm)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    checkpoint.export(lm[0], tokenizer, tmp_path / "final", dtype)
+    export.export(lm[0], tokenizer, tmp_path / "final", dtype)
     whole = {key[3:]: value.to(dtype) for key, value in tensors(*lm).items() if " " not in key}
     assert ("lm_head.bias" in whole) == (name == "phi") and whole.get("lm_head.bias", torch.ones(1)).any()
     written = load_file(tmp_path / "final" / "model.safetensors")
@@ -313,20 +318,40 @@ def test_export_loads(name, dtype, tmp_path):
 
 def test_export_leaves_the_model_as_it_was(saved, fresh, tmp_path):
     before = align.hidden_states(fresh[0], PACK)
-    checkpoint.export(fresh[0], AutoTokenizer.from_pretrained(saved[0] / "model"), tmp_path / "final")
+    export.export(fresh[0], AutoTokenizer.from_pretrained(saved[0] / "model"), tmp_path / "final")
     assert torch.equal(align.hidden_states(fresh[0], PACK), before)
+
+
+def test_an_export_without_a_parameter_is_refused(saved, tmp_path):
+    # red: _matched without unfilled, without unplaced
+    tokenizer = AutoTokenizer.from_pretrained(saved[0] / "model")
+    policy = model.load(str(saved[0] / "model"), torch.float32, 64, "random", 0)
+    attention = policy.lm.model.layers[0].self_attn
+    adapted = torch.nn.ModuleDict({"base_layer": attention.q_proj, "lora_A": torch.nn.Linear(32, 2, bias=False)})
+    attention.q_proj = adapted
+    fsdp.shard(policy, [], torch.float32, torch.device("cpu"))
+    said = "1 parameters without their tensor (first: model.layers.0.self_attn.q_proj.weight), 2 tensors without"
+    with pytest.raises(ValueError, match=re.escape(said)) as refusal:
+        export.export(policy, tokenizer, tmp_path / "final")
+    assert "\n" not in str(refusal.value) and names(tmp_path) == []
+    attention.q_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match="1 parameters without their tensor"):
+        export.export(policy, tokenizer, tmp_path / "final")
+    attention.q_proj, attention.more = adapted["base_layer"], adapted["lora_A"]
+    with pytest.raises(ValueError, match=r": 1 tensors without a parameter \(first: .*more.weight\)"):
+        export.export(policy, tokenizer, tmp_path / "final")
 
 
 def test_half_written_export_leaves_the_old_one(saved, fresh, tmp_path):
     # red: beside = out.
     tokenizer = AutoTokenizer.from_pretrained(saved[0] / "model")
-    checkpoint.export(fresh[0], tokenizer, tmp_path / "final")
+    export.export(fresh[0], tokenizer, tmp_path / "final")
     before = tree(tmp_path / "final")
     with pytest.raises(AttributeError):
-        checkpoint.export(fresh[0], None, tmp_path / "final")  # weights are written before the tokenizer
+        export.export(fresh[0], None, tmp_path / "final")  # weights are written before the tokenizer
     assert tree(tmp_path / "final") == before
     train(*fresh)
-    checkpoint.export(fresh[0], tokenizer, tmp_path / "final")
+    export.export(fresh[0], tokenizer, tmp_path / "final")
     assert names(tmp_path) == ["final"] and tree(tmp_path / "final") != before
 
 
@@ -337,8 +362,8 @@ def test_command_line_exports_the_same(tmp_path):
     lm = build(path, weights="pretrained")
     checkpoint.save(tmp_path, 1, *lm, ARGS | {"model": str(path)}, 2)
     inside, outside = tmp_path / "inside", tmp_path / "outside"
-    checkpoint.export(lm[0], AutoTokenizer.from_pretrained(path), inside, torch.bfloat16)
-    command = [ROOT / "checkpoint.py", "export", tmp_path / "step-1", outside, "--dtype", "bfloat16"]
+    export.export(lm[0], AutoTokenizer.from_pretrained(path), inside, torch.bfloat16)
+    command = [ROOT / "export.py", tmp_path / "step-1", outside, "--dtype", "bfloat16"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=90)
     assert (done.returncode, done.stdout) == (0, f"wrote {outside}\n")
     assert names(inside) == names(outside)
@@ -347,12 +372,12 @@ def test_command_line_exports_the_same(tmp_path):
 
 REFUSED = {
     "": "nothing",
-    "export run/step-9 out": "absent",
-    "export run/step-3 out": "no record",
-    "export run/step-1 out": "damaged",
-    "export run/step-4 out": "its model directory is gone",
-    "export run/step-2 run/step-2/trainer.json/out": "below a file",
-    "export run/step-2 run": "would delete the run",
+    "run/step-9 out": "absent",
+    "run/step-3 out": "no record",
+    "run/step-1 out": "damaged",
+    "run/step-4 out": "its model directory is gone",
+    "run/step-2 run/step-2/trainer.json/out": "below a file",
+    "run/step-2 run": "would delete the run",
 }
 
 
@@ -364,9 +389,9 @@ def test_command_line_refuses_in_one_line(argv, run, monkeypatch, capfd):
     record.write_text(record.read_text().replace("/model", "/none"))
     before = tree(run.parent)
     monkeypatch.chdir(run.parent)
-    monkeypatch.setattr(sys, "argv", ["checkpoint.py", *argv.split()])
+    monkeypatch.setattr(sys, "argv", ["export.py", *argv.split()])
     with pytest.raises(SystemExit) as end:
-        checkpoint.main()
+        export.main()
     assert end.value.code == 2
     assert re.fullmatch(r"error: .+\n", capfd.readouterr().err)
     assert tree(run.parent) == before

@@ -22,6 +22,7 @@ from conftest import ROOT
 import align
 import config
 import fsdp
+import rundir
 import sft
 
 REQUIRED = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
@@ -127,7 +128,7 @@ FLAGS = {
     "prompt": (["--max-length", "40", "--max-prompt-length", "60"], "--max-prompt-length 60"),
     "model": (["--model", "{root}/none"], "{root}/none: no such model directory"),
     "reference": (["--reference", "{root}/wide"], "--reference has vocabulary 9000, the policy 8192"),
-    "out": (["--out", "{root}/pairs.jsonl/run"], "{root}/pairs.jsonl/run: Not a directory"),
+    "out": (["--out", "{root}/pairs.jsonl/run"], "--out: {root}/pairs.jsonl/run: {root}/pairs.jsonl is not a directory"),
     "resume": (["--resume", "step-300"], "no complete checkpoint at", "step-300 (complete: none)"),
     "device": (["--device", "cuda"], "--device cuda", "0 CUDA devices"),
     "sft unknown": (["--beta", "0.1"], "unrecognized arguments: --beta"),
@@ -138,7 +139,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("case", FLAGS)
 def test_flag_is_refused(case, root, tmp_path, refused):
-    # red: allow_abbrev=True; exit code 1; hyperparameters() without fail; open_run before the data is read.
+    # red: allow_abbrev=True; exit code 1; hyperparameters() without fail; rundir.take before the data is read.
     if case == "device" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     extra, *words = FLAGS[case]
@@ -249,7 +250,7 @@ def test_rows_that_changed(root, finished, tmp_path, refused):
 
 
 def test_directory_in_use(root, tmp_path, refused):
-    # red: open_run without its flock.
+    # red: rundir.take without its flock.
     with open(tmp_path / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         refused(sft, command(root, tmp_path), tmp_path, f"{tmp_path}: in use by another run")
@@ -478,12 +479,12 @@ def test_metrics_log(tmp_path):
     # red: `<= step` in rewind_log; JSONDecodeError not suppressed; log_row without str(v).
     rows = [{"step": step, "split": split} for step in range(4) for split in ("eval", "train")]
     for row in rows:
-        config.log_row(tmp_path, row | {"a": float("nan"), "b": float("-inf"), "c": 1.5})
+        rundir.log_row(tmp_path, row | {"a": float("nan"), "b": float("-inf"), "c": 1.5})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 1, "spl')
-    config.rewind_log(tmp_path, 2)
+    rundir.rewind_log(tmp_path, 2)
     assert read_log(tmp_path) == [row | {"a": "nan", "b": "-inf", "c": 1.5} for row in rows[:4]]
-    config.rewind_log(tmp_path / "none", 2)
+    rundir.rewind_log(tmp_path / "none", 2)
 
 
 def test_resumed_log_has_every_step_once(finished, tmp_path):

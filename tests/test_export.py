@@ -1,19 +1,23 @@
-"""What a run leaves in final/, and `checkpoint.py export` of its checkpoint: where generation stops, heads.
+"""What a run leaves in final/, and `export.py` of its checkpoint: where generation stops, heads.
 
 `red:` names a change that turns a test red.
 """
 
 import json
+import os
+import re
+import shutil
 import sys
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
-from test_config import exit_code, write_model
+from test_config import exit_code, tree, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import align
-import checkpoint
+import export
 import sft
 
 LR = 1e-3
@@ -49,9 +53,9 @@ def root(tmp_path_factory):
     for name, (script, more) in RUNS.items():
         assert exit_code(script.main, [*map(str, argv), "--out", f"{root}/{name}", *more]) is None
         with pytest.MonkeyPatch.context() as patch:
-            command = ["checkpoint.py", "export", f"{root}/{name}/step-1", f"{root}/{name}/offline"]
+            command = ["export.py", f"{root}/{name}/step-1", f"{root}/{name}/offline"]
             patch.setattr(sys, "argv", command)
-            checkpoint.main()
+            export.main()
     return root
 
 
@@ -113,3 +117,155 @@ def test_a_tied_model_stays_tied(root, tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "run" / "final" / "model.safetensors")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
+
+
+# ---- what an export may replace
+
+
+TARGETS = {  # OUT, and what the line must say
+    "base model": ("{base}/start", "{base}/start: holds the model that the run started from"),
+    "around it": ("{base}", "{base}: holds the model that the run started from"),
+    "link to it": ("{base}/link", "holds the model that the run started from"),
+    "run": ("{base}/run", "{base}/run: is a run directory"),
+    "model of others": ("{base}/hub", "{base}/hub: exists and was not written by an export"),
+    "empty": ("{base}/empty", "{base}/empty: exists and was not written by an export"),
+}
+
+
+@pytest.fixture(scope="module")
+def marked(root, tmp_path_factory):
+    """A run from `start`, which is an export itself, and other directories; all but two bear the mark."""
+    base = tmp_path_factory.mktemp("marked")
+    shutil.copytree(root / "sft" / "final", base / "start")
+    shutil.copytree(root / "model", base / "hub")
+    (base / "empty").mkdir()
+    (base / "link").symlink_to(base / "start")
+    argv = ["--model", base / "start", "--data", root / "rows.jsonl", "--steps", "1", "--save-every", "1"]
+    assert exit_code(sft.main, [*map(str, argv), "--out", f"{base}/run", "--max-length", "64"]) is None
+    for place in (base, base / "run"):
+        shutil.copy(base / "start" / export.MARK, place)
+    return base
+
+
+def offline(*argv):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export.py", *map(str, argv)])
+        return exit_code(lambda _: export.main(), None)
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_nothing_that_is_not_an_export_is_replaced(case, marked, capfd):
+    # red: _check_target without its loop; without its second condition; without the mark
+    out, said = (part.format(base=marked) for part in TARGETS[case])
+    before = tree(marked)
+    assert offline(marked / "run" / "step-1", out) == 2
+    assert re.fullmatch(f"error: .*{re.escape(said)}; choose another name\n", capfd.readouterr().err)
+    assert tree(marked) == before
+
+
+def test_a_run_asks_before_it_trains_whether_it_may_write_its_model(marked, root, tmp_path, capfd):
+    # red: export.prepare without _check_target
+    run = shutil.copytree(marked / "run", tmp_path / "run")
+    (run / "final" / export.MARK).unlink()
+    argv = json.loads((run / "args.json").read_text()) | {"out": str(run), "steps": 2, "resume": "auto"}
+    (tmp_path / "again.json").write_text(json.dumps(argv))
+    before = tree(run)
+    assert exit_code(sft.main, [f"{tmp_path}/again.json"]) == 2
+    assert f"error: {run}/final: exists and was not written by an export" in capfd.readouterr().err
+    assert tree(run) == before
+
+
+def test_an_export_replaces_an_export(marked, tmp_path):
+    # red: the mark left out
+    for _ in "ab":
+        assert offline(marked / "run" / "step-1", tmp_path / "out") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- as its base came
+
+
+TOKENS = {"vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3}
+SIZES = TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SIZES |= {"max_position_embeddings": 64}
+GROUPED = SIZES | {"num_key_value_heads": 1, "head_dim": 16}
+BASES = {
+    "llama": lambda: hf.LlamaConfig(**GROUPED, tie_word_embeddings=False),
+    "llama, tied": lambda: hf.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "gpt2": lambda: hf.GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**SIZES),
+    "qwen2": lambda: hf.Qwen2Config(**GROUPED | {"head_dim": 16}),
+    "gemma2": lambda: hf.Gemma2Config(**GROUPED),
+    "gemma3": lambda: hf.Gemma3TextConfig(**GROUPED),
+}
+
+
+def tensors(path):
+    return {name: (value.shape, value.dtype) for name, value in load_file(path / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", BASES)
+def test_a_model_leaves_as_it_came(name, dtype, root, tmp_path):
+    """Tensors, configuration, tokenizer: what reads the base reads this. And a checkpoint exports the same."""
+    # red: _dtype always float32; a tied head written twice; the skeleton's own model_type
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    lm = hf.AutoModelForCausalLM.from_config(BASES[name](), dtype=getattr(torch, dtype))
+    lm.save_pretrained(base)
+    AutoTokenizer.from_pretrained(root / "model").save_pretrained(base)
+    argv = ["--model", base, "--data", root / "rows.jsonl", "--steps", "1", "--out", tmp_path / "run"]
+    argv += ["--max-length", "64", "--save-every", "1"]
+    assert exit_code(sft.main, list(map(str, argv))) is None
+    final = tmp_path / "run" / "final"
+    assert tensors(final) == tensors(base)
+    files = [{path.name for path in place.iterdir()} for place in (final, base)]
+    assert files[0] - {export.MARK} == files[1]
+    then, now = (json.loads((place / "config.json").read_text()) for place in (base, final))
+    assert then == now
+    assert AutoTokenizer.from_pretrained(final).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+    assert offline(tmp_path / "run" / "step-1", tmp_path / "out") is None
+    assert tensors(tmp_path / "out") == tensors(base)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_dtype_that_is_asked_for(dtype, marked, root, tmp_path):
+    # red: --final-dtype not passed on, in prepare or in _export_offline
+    argv = ["--model", marked / "start", "--data", root / "rows.jsonl", "--steps", "1", "--save-every", "1"]
+    argv += ["--out", tmp_path / "run", "--max-length", "64", "--final-dtype", dtype]
+    assert exit_code(align.main, list(map(str, argv))) is None
+    assert offline(tmp_path / "run" / "step-1", tmp_path / "out") is None
+    for place in (tmp_path / "run" / "final", tmp_path / "out"):
+        assert {kind for _, kind in tensors(place).values()} == {getattr(torch, dtype)}
+        assert json.loads((place / "config.json").read_text())["dtype"] == dtype
+
+
+def test_files_have_the_mode_that_the_user_gives_files(marked, root, tmp_path):
+    # red: _write without chmod: safetensors gives 0600
+    before = os.umask(0o027)
+    try:
+        argv = ["--model", marked / "start", "--data", root / "rows.jsonl", "--steps", "1", "--save-every", "1"]
+        argv += ["--out", tmp_path / "run", "--max-length", "64", "--loss", "ppo"]
+        assert exit_code(align.main, list(map(str, argv))) is None
+    finally:
+        os.umask(before)
+    found = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*")}
+    assert {path.name for path in found} >= {"model.safetensors", "value_head.safetensors", ".metadata"}
+    assert {path.name for path, mode in found.items() if mode != (0o750 if path.is_dir() else 0o640)} == set()
+
+
+def test_a_pipeline_answers_a_chat_and_stops(root, tmp_path):
+    # red: the chat template not exported; model.stop_at left out
+    row = {"prompt": "Name a colour.", "completion": "Blue is one."}
+    (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
+    model = write_model(tmp_path / "model", eos_token_id=0)
+    edit(model / "tokenizer_config.json", eos_token="<|endoftext|>")
+    argv = ["--model", model, "--weights", "random", "--data", tmp_path / "row.jsonl", "--epochs", "60"]
+    argv += ["--out", tmp_path / "run", "--max-length", "64", "--lr", "2e-2", "--warmup-steps", "0"]
+    assert exit_code(sft.main, list(map(str, argv))) is None
+    ask = hf.pipeline("text-generation", model=str(tmp_path / "run" / "final"), device="cpu")
+    said = ask([{"role": "user", "content": row["prompt"]}], max_new_tokens=30, do_sample=False)
+    assert said[0]["generated_text"][-1] == {"role": "assistant", "content": row["completion"]}
+    chat = [{"role": "user", "content": row["prompt"]}]
+    ids = ask(chat, max_new_tokens=30, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    assert ids[-1] == 2 and ids.count(2) == 2  # <|im_end|> of the prompt and of the answer, then nothing

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "files"}
-EVERYTHING |= {"formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk", "store"}
-EVERYTHING |= {"generation", "progress", "values", "vocab"}
+EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
+EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
+EVERYTHING |= {"generation", "progress", "rundir", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -38,10 +38,13 @@ MAY_IMPORT = {
     "store": {"arrays", "chat", "data", "encode", "files", "formats", "progress", "ranking", "values"},
     "batch": {"encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
-    "model": {"attention", "vocab"},
+    "model": {"attention", "files", "vocab"},
     "fsdp": set(),
     "checkpoint": {"fsdp"},
     "config": set(),
+    "rundir": {"checkpoint", "config", "fsdp", "signals"},
+    "signals": set(),
+    "export": {"checkpoint", "config", "fsdp"},
     "parts": {"config"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},

@@ -1,0 +1,212 @@
+"""A model as an ordinary Hugging Face directory: of a run that ends, or of one of its checkpoints.
+
+    python export.py RUN/step-100 OUT [--dtype float32|bfloat16]
+
+The directory holds config.json, safetensors, generation settings and the tokenizer, nothing of ours but a
+small file, `.exported`, that tells a later export that it may replace the directory. It is written under
+another name and renamed when complete.
+
+Left out: models that do not fit into the memory of rank 0, other formats.
+"""
+
+import argparse
+import contextlib
+import copy
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+import checkpoint
+import config
+import fsdp
+
+MARK = ".exported"
+SHARD = "5GB"  # the largest file of weights: hubs and caches take files of this size
+
+
+def prepare(args: argparse.Namespace) -> torch.dtype:
+    """The dtype of a run's final/: the one chosen, else bfloat16 if the model came so, else float32. Raises
+    ValueError if final/ is there and may not be replaced."""
+    _check_target(Path(args.out) / "final", [args.model, getattr(args, "reference", None)])
+    return _dtype(args.final_dtype, args.model, args.trust_remote_code)
+
+
+def _check_target(out: str | Path, keep: Sequence[str | None] = ()) -> None:
+    """Raises ValueError for a directory that an export may not replace: one that no export wrote, a run, or
+    one of `keep`, the models that a run started from."""
+    out = Path(out)
+    if not out.exists():
+        return
+    for path in (Path(path) for path in keep if path):
+        if path.exists() and out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{out}: holds the model that the run started from; choose another name")
+    if (out / "args.json").exists() or any(out.glob("step-*")):
+        raise ValueError(f"{out}: is a run directory; choose another name")
+    if not (out / MARK).is_file():
+        raise ValueError(f"{out}: exists and was not written by an export; choose another name")
+
+
+def _dtype(choice: str | None, model: str, trust_remote_code: bool = False) -> torch.dtype:
+    if choice is None:
+        came = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).dtype
+        return torch.bfloat16 if came == torch.bfloat16 else torch.float32
+    return getattr(torch, choice)
+
+
+def export(
+    model: nn.Module,
+    tokenizer: Any,
+    out: str | Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """A sharded LanguageModel as a Hugging Face directory, all ranks together; `from_pretrained` loads it.
+
+    With a `score` head it is a sequence classifier; a value head goes beside it, value_head.safetensors.
+    Raises ValueError, on all ranks, if it cannot be written, `out` may not be replaced, or a weight is not
+    finite.
+    """
+    device = next(model.parameters()).device
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)  # collective; empty on all ranks but 0
+    problem = ""
+    if fsdp.ranks()[0] == 0:
+        try:
+            _write(model.lm, state, tokenizer, out, dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            problem = f"{getattr(error, 'strerror', None) or error}"
+            problem = problem if str(out) in problem else f"{out}: {problem}"
+    if fsdp.from_rank_zero(int(bool(problem)), device):
+        raise ValueError(problem or f"{out}: rank 0 could not write it")
+
+
+def _write(
+    lm: nn.Module,
+    state: dict[str, Tensor],
+    tokenizer: Any,
+    out: str | Path,
+    dtype: torch.dtype,
+) -> None:
+    """Save a LanguageModel's state dict under another name and rename it when complete."""
+    _check_target(out)
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{out}: not written, for a weight is not finite ({name.removeprefix('lm.')})")
+    out = Path(out).resolve()
+    beside, old = (out.with_name(f".{word}-{out.name}") for word in ("tmp", "removed"))
+    shutil.rmtree(beside, ignore_errors=True)
+    # the skeleton sets its own attention, and a live model shares its config
+    settings = copy.deepcopy(lm.config)
+    kind = AutoModelForSequenceClassification if hasattr(lm, "score") else AutoModelForCausalLM
+    with torch.device("meta"):
+        skeleton = kind.from_config(settings, dtype=dtype, attn_implementation="eager")
+    if kind is AutoModelForCausalLM:
+        skeleton.generation_config = lm.generation_config
+    body = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
+    named = _matched(lm, skeleton, body)
+    values = {name: value for name, value in state.items() if name.startswith("value_head.")}
+    beside.mkdir(parents=True)
+    try:
+        (beside / MARK).write_text("written by export.py, which may replace this directory\n")
+        named = {name: v.to(dtype) if v.is_floating_point() else v for name, v in named.items()}
+        skeleton.save_pretrained(beside, state_dict=named, max_shard_size=SHARD)
+        if values:
+            save_file(values, beside / "value_head.safetensors")
+        save_tokenizer(tokenizer, beside)
+        for path in beside.iterdir():  # safetensors lets nobody else read
+            path.chmod((beside / MARK).stat().st_mode)
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tokenizer(tokenizer: Any, place: str | Path, settings: GenerationConfig | None = None) -> None:
+    """A tokenizer, and where generation stops, into a directory. Raises OSError if they do not fit."""
+    try:
+        tokenizer.save_pretrained(place)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"{place}: {error}") from error  # its library has no type of its own
+    if settings is not None:
+        settings.to_json_file(Path(place) / "generation_config.json")
+
+
+def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a skeleton stores of a state, a tied weight once. Raises ValueError unless every parameter has its
+    tensor and every tensor its parameter."""
+    head = {id(parameter) for parameter in lm.get_output_embeddings().parameters()}
+    headless = not hasattr(skeleton, "lm_head") and hasattr(lm, "score")
+    dropped = {name for name, p in lm.named_parameters(remove_duplicate=False) if id(p) in head and headless}
+    wanted = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    shapes = {name: value.shape for name, value in state.items()}
+    unfilled = sorted(name for name, shape in wanted.items() if shapes.get(name) != shape)
+    unplaced = sorted(set(state) - set(skeleton.state_dict()) - dropped)
+    if unfilled or unplaced:
+        said = [f"{len(unfilled)} parameters without their tensor (first: {unfilled[0]})"] if unfilled else []
+        said += [f"{len(unplaced)} tensors without a parameter (first: {unplaced[0]})"] if unplaced else []
+        raise ValueError(f"{type(lm).__name__} cannot be exported: {', '.join(said)}")
+    kept = {*wanted, *(name for name, _ in skeleton.named_buffers())}
+    return {name: value for name, value in state.items() if name in kept}
+
+
+def _export_offline(path: Path, out: Path, dtype: str | None) -> None:
+    """The same from a checkpoint on disk, in one process."""
+    state = checkpoint.read_model(path)
+    made = checkpoint.read_record(path)["args"]
+    source = made["model"]
+    _check_target(out, [source, made.get("reference")])
+    kept = path.parent / "tokenizer"  # the run's own, with the tokens and the template it added
+    tokenizer = AutoTokenizer.from_pretrained(kept if kept.exists() else source)
+    settings = AutoConfig.from_pretrained(source)
+    lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    for place in (source, kept):  # a model need not have one; the run's own knows where training ended turns
+        with contextlib.suppress(OSError):
+            lm.generation_config = GenerationConfig.from_pretrained(place)
+    embedding = lm.get_input_embeddings().weight
+    name = next(name for name, parameter in lm.named_parameters() if parameter is embedding)
+    settings.get_text_config().vocab_size = state[f"lm.{name}"].shape[0]  # it may have grown
+    head = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
+    if f"lm.{head}.weight" in state:
+        settings.tie_word_embeddings = settings.get_text_config().tie_word_embeddings = False
+    if "lm.score.weight" in state:
+        lm.score = nn.Linear(state["lm.score.weight"].shape[1], 1, bias=False)
+        lm.config.num_labels = 1
+        lm.config.pad_token_id = tokenizer.pad_token_id
+    _write(lm, state, tokenizer, out, _dtype(dtype or made.get("final_dtype"), source))
+
+
+def main() -> None:
+    made = config.parser(__doc__.splitlines()[0])
+    made.usage = "%(prog)s RUN/step-N OUT [flags]"
+    made.add_argument("step", type=config.text, help="a checkpoint, RUN/step-N")
+    made.add_argument("out", type=config.directory, help="the directory to write")
+    made.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default=None, help="None: as the run would have"
+    )
+    args = made.parse_args(sys.argv[1:])
+    with config.user_errors():
+        _export_offline(Path(args.step), Path(args.out), args.dtype)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

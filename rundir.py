@@ -1,0 +1,270 @@
+"""The run directory: who may write into it, its status, its metrics log, its progress line."""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import resource
+import secrets
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from torch import nn
+
+import checkpoint
+import config
+import fsdp
+import signals
+
+
+def check_run(args: argparse.Namespace) -> None:
+    """Fail before any work if the run directory holds a run and --resume is not given, or a finished run of
+    other flags; end with exit code 0 if this very run is finished. One that shall go on for more steps needs
+    a checkpoint."""
+    out = Path(args.out)
+    held = [path.name for pattern in ("step-*", "final") for path in out.glob(pattern)]
+    if held and args.resume is None:
+        config.fail(f"{out} already holds {held[-1]}", right="pass --resume auto or another --out")
+    if "final" not in held:
+        # resume says this too, but by then the directory would have been made
+        if args.resume not in (None, "auto", *held):
+            whole = ", ".join(path.name for path in checkpoint.complete(out)) or "none"
+            config.fail(f"no complete checkpoint at {out / args.resume}", right=f"complete: {whole}")
+        return
+    changed = _changed_flags(args, out / "args.json")
+    if not changed:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{out}/final is there: nothing to do")
+        sys.exit(0)
+    others = [key for key in changed if key not in ("steps", "epochs")]
+    key = (others or list(changed))[0]
+    flag, (made, now) = f"--{key.replace('_', '-')}", changed[key]
+    if others:
+        config.fail(
+            str(out),
+            f"is finished and was made with {flag} {made}, this run has {now}",
+            "choose another --out",
+        )
+    saved = [int(name[5:]) for name in held if re.fullmatch(r"step-\d+", name)]
+    if not saved:
+        config.fail(
+            f"{out} is finished",
+            f"{flag} {now} needs a checkpoint to go on from",
+            "it was run without --save-every",
+        )
+    if args.steps is not None and max(saved) >= args.steps:
+        config.fail(f"--steps {args.steps}", f"{out} has gone to step {max(saved)}")
+
+
+def _changed_flags(args: argparse.Namespace, path: Path) -> dict[str, tuple[Any, Any]]:
+    """Flags of training that are not those a run was made with: (then, now)."""
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        config.fail(str(path), f"cannot be read: {error}", "choose another --out")
+    flags = {key: value for key, value in vars(args).items() if key not in config.HOW_FLAGS}
+    now = json.loads(json.dumps(flags))
+    return {
+        key: (made.get(key), value)
+        for key, value in now.items()
+        if made.get(key) != value and not (key not in made and value in (None, False))
+    }
+
+
+def take(args: argparse.Namespace, rank: int, device: torch.device) -> Any:
+    """Take the run directory, before anything in it is changed: made, and locked by rank 0 as long as the
+    returned file lives; what killed runs left in it is removed.
+
+    Raises ValueError or OSError if it cannot be written, another run holds it, or some ranks do not see what
+    rank 0 writes there.
+    """
+    out = Path(args.out)
+    lock, token = None, secrets.randbits(60)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: in use by another run (choose another --out)") from None
+        checkpoint.remove_leftovers(out)
+    if fsdp.ranks()[1] == 1:
+        return lock
+    token = str(fsdp.from_rank_zero(token, device))
+    if rank == 0:
+        lock.truncate(0)
+        lock.write(token)
+        lock.flush()
+        os.fsync(lock.fileno())
+    fsdp.barrier()
+    sees = checkpoint.becomes(lambda: (out / ".lock").is_file() and (out / ".lock").read_text() == token)
+    if blind := fsdp.ranks_where(not sees, device):
+        raise ValueError(f"--out {out}: ranks {blind} do not see what rank 0 writes there; all must share it")
+    return lock
+
+
+def begin(
+    args: argparse.Namespace, rank: int, start: int, model: nn.Module, extra: dict[str, Any] | None = None
+) -> None:
+    """The first words of a run that goes on at `start`: its flags, its log up to there, its status. Says what
+    a checkpoint needs. Stops the run if the weights are not finite, or not one checkpoint fits where there
+    shall be some."""
+    with config.user_errors():
+        check_weights(model, f"step-{start}")
+        if rank == 0:
+            free, need = shutil.disk_usage(args.out).free, checkpoint.size(model, extra)
+            said = f"{args.out} has {free / 1e9:.2g} GB free, one checkpoint needs about {need / 1e9:.2g} GB"
+            if args.save_every and free < need:
+                raise ValueError(said)
+            print(said, flush=True)
+            flags = {key: value for key, value in vars(args).items() if value is not None}
+            config.write_json(Path(args.out) / "args.json", flags)
+            rewind_log(args.out, start)
+    write_status(args, rank, "running", start)
+    signals.wait()
+
+
+def save(
+    args: argparse.Namespace,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    made: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+) -> str:
+    """A checkpoint at a step, all ranks together. One that cannot be written costs nothing but itself: a
+    warning, and the next interval tries again; returns why, or an empty string. Weights that are not finite
+    stop the run before they are saved."""
+    rank = fsdp.ranks()[0]
+    with failing(args, rank, step):
+        check_weights(model, f"after step {step - 1}")
+    problem = checkpoint.save(args.out, step, model, optimizer, made, args.keep_last, extra)
+    if problem and rank == 0:
+        print(f"warning: no checkpoint at step {step}: {problem}; going on", file=sys.stderr, flush=True)
+    write_status(args, rank, "running", step, f"no checkpoint at step {step}: {problem}" if problem else "")
+    return problem
+
+
+def leave_if_told(
+    args: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    made: dict[str, Any],
+    extra: dict[str, Any] | None,
+    device: torch.device,
+    step: int,
+) -> None:
+    """Where a signal came to any rank: save the step that all have reached, say so, and end the process."""
+    number = fsdp.largest(signals.heard(), device)
+    if not number:
+        return
+    rank, why = fsdp.ranks()[0], signal.Signals(number).name
+    model.reshard()  # an evaluation has gathered some
+    problem = save(args, step, model, optimizer, made, extra) if step else ""
+    write_status(args, rank, "failed" if problem else "saved", step, f"{why}: {problem}" if problem else why)
+    if rank == 0:
+        print(f"stopped by {why} at step {step}; --resume auto goes on from there", flush=True)
+    fsdp.finish()
+    sys.exit(1 if problem else signals.exit_code(number))
+
+
+def check_weights(model: nn.Module, where: str) -> None:
+    """Raises ValueError, on all ranks, if a parameter is not finite on one of them."""
+    if name := fsdp.not_finite(model):
+        raise ValueError(f"{where}: weights that are not finite (first: {name.removeprefix('lm.')})")
+
+
+@contextlib.contextmanager
+def failing(args: argparse.Namespace, rank: int, step: int) -> Iterator[None]:
+    """A ValueError or OSError within ends the run in one line, which its status tells too."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        write_status(args, rank, "failed", step, str(error))
+        config.fail(str(error))
+
+
+def write_status(args: argparse.Namespace, rank: int, state: str, step: int, reason: str = "") -> None:
+    """status.json of the run: running, saved, done or failed, at which optimiser step that was written, why,
+    and the newest checkpoint. Where the disk is full the old one stays."""
+    if rank == 0:
+        status = {"state": state, "step": step, "time": time.time()}
+        status |= {"reason": reason} if reason else {}
+        saved = checkpoint.complete(args.out)
+        status |= {"last_checkpoint": saved[0].name} if saved else {}
+        with contextlib.suppress(OSError):
+            config.write_json(Path(args.out) / "status.json", status)
+
+
+def check_row(args: argparse.Namespace, rank: int, step: int, row: dict[str, Any]) -> None:
+    """Stop the run, before the update, if the loss of a step or the norm of a gradient is not finite."""
+    numbers = [row[name] for name in ("loss", "grad_norm", "value_grad_norm") if name in row]
+    if not math.isfinite(sum(numbers)):
+        reason = "the loss or its gradient is not finite"
+        write_status(args, rank, "failed", step, reason)
+        config.fail(f"step {step}", reason, "weights left as they were")
+
+
+def log_row(out: str | Path, row: dict[str, Any]) -> None:
+    """Append one line to metrics.jsonl; a number that is not finite becomes the string JSON has no number
+    for."""
+    plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(plain) + "\n")
+
+
+def write_row(args: argparse.Namespace, rank: int, total: int, row: dict[str, Any]) -> None:
+    """Rank 0 logs a row and, every --log-every steps, prints it."""
+    if rank == 0:
+        row = {**row, "time": time.time(), "mem_gb": peak_memory_gb()}
+        log_row(args.out, row)
+        if row["split"] == "eval" or row["step"] % args.log_every == 0 or row["step"] == total - 1:
+            print(progress(row, total), flush=True)
+
+
+def rewind_log(out: str | Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl that a run resumed at `step` will write again."""
+    path = Path(out) / "metrics.jsonl"
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # a last line cut by a kill
+            kept += [line] * (json.loads(line)["step"] < step)
+    beside = path.with_name(".metrics.tmp")
+    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def progress(row: dict[str, Any], total: int) -> str:
+    """The console's one line per step, from a row of metrics.jsonl."""
+    parts = [f"{row['split']} step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
+    named = {
+        "acc": ("rewards/accuracies", "logps/accuracies"), "margin": ("rewards/margins", "logps/margins"),
+        "kl": ("kl/chosen",), "risk": ("risk/chosen",),
+    }  # fmt: skip
+    for label, keys in named.items():
+        parts += [f"{label} {row[key]:.4g}" for key in keys if key in row]
+    if row["split"] == "train":
+        parts.append(f"lr {row['lr']:.2e}")
+        parts.append(f"gnorm {row['grad_norm']:.3g}")
+        eta = int(row["step_s"] * (total - row["step"] - 1))
+        parts.append(f"{row['tok_per_s']:,.0f} tok/s | {row['step_s']:.2f} s/it | mem {row['mem_gb']:.2f}G")
+        parts.append(f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
+    return " | ".join(parts)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory in GB: of the GPU where there is one, else the resident set of the whole process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
