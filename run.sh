@@ -11,7 +11,7 @@ usage() {
     cat <<'TEXT'
 bash run.sh            set up, then the demo: SFT of a tiny model, then dpo, tdpo1, ra_dpo1 and ra_dpo2 from it, on the
                        bundled Anthropic HH sample; ends with a table and a figure. Finished stages are skipped.
-bash run.sh test       set up, then the test suite; further arguments go to pytest
+bash run.sh test       set up, then the test suite on two cores (WORKERS=8: on more); further arguments go to pytest
 bash run.sh setup      only make .venv and install requirements.txt
 bash run.sh loop       three rounds of sample, label, align on the tiny model's own answers: a table, a figure and
                        runs/loop/samples.html, the answers before and after each round (SEED=1, LOSS=ra_dpo1)
@@ -145,7 +145,8 @@ case "$mode" in
     demo) setup && demo ;;
     loop) setup && loop ;;
     imdb) setup && imdb "$@" ;;
-    test) setup && OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} .venv/bin/python -m pytest -q "$@" ;;
+    # a file is one process's, for its tests share what they have trained
+    test) setup && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n "${WORKERS:-2}" --dist loadfile "$@" ;;
     bench) setup && smollm2 && bench ;;
     step) setup && smollm2 && .venv/bin/python bench/step.py --model models/smollm2 "$@" ;;
     parity) setup && .venv/bin/python bench/parity.py "$@" ;;

@@ -173,8 +173,8 @@ STEP_COPY = f"{STEP}            {COPY}\n"
 MUTATIONS = {
     "the KL estimate of a micro-batch": ("kto", 1, 1, ESTIMATE, LOCAL),
     "the KL estimate of a rank": ("kto", 2, 1, OVER_RANKS, THIS_RANK),
-    "the KL estimate of the own answers": ("kto", 1, 1, "    if partners is None:", "    if True:"),
-    "strangers that are not cut": ("kto", 1, 1, "args.max_length) for g", "9999) for g"),
+    "the KL estimate of the own answers": ("kto", 1, 1, "(train, works, partners,", "(train, works, None,"),
+    "strangers that are not cut": ("kto", 1, 1, "(train, works, partners, args.max_length,", "(train, works, partners, 9999,"),
     "strangers in the order of the file": ("kto", 1, 1, "prompts, order)", "prompts, range(len(train)))"),
     "no maximum over tokens": ("kto_token_max", 1, 1, "kl_token_max=peaks", "kl_token_max=0 * peaks"),
     "the mean advantage of a micro-batch": ("ppo", 1, 8, MEAN, OWN_MEAN),
@@ -931,7 +931,7 @@ def keys_of(loss: str) -> set[str]:
     """What a training row holds, by what the loss looks at."""
     unit = "responses" if loss in SINGLE else "pairs"
     keys = {"split", "step", "epoch", "tokens", "lr", "step_s", "tok_per_s", "time", "mem_gb"}
-    keys |= {"loss", "grad_norm", unit, f"{unit}_per_s"}
+    keys |= {"loss", "grad_norm", unit, f"{unit}_per_s", "responses_per_s"}
     compared = ("chosen", "rejected", "mean", "margins", "accuracies")
     if loss in WITHOUT_REFERENCE:
         return keys | {f"logps/{key}" for key in ("chosen", "rejected", "margins", "accuracies")}
