@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import sys
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -232,8 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parts.write(args.out, part, answer(chunk, args, answers, tokenizer, template))
             part += 1
             answered += len(chunk)
-        fsdp.barrier()
         if rank == 0:
+            while not all(parts.is_done(args.out, index) for index in range(part)):
+                time.sleep(0.1)  # no barrier, which would have a limit; the launcher sees a process that dies
             lines = alpaca_eval(parts.read(args.out, part), args) if args.format == "alpaca_eval" else None
             parts.finish(args.out, part, lines)
             for reason, number in left_out.items():
