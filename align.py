@@ -33,6 +33,7 @@ import encode
 import export
 import fsdp
 import generation
+import loading
 import losses
 import model
 import progress
@@ -42,7 +43,6 @@ import signals
 import store
 import trackers
 import vocab
-from arrays import Store
 from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, by_response, check_partners, check_start
 from objective import make_objective, means, resolve, seen, statistics, tally
 
@@ -99,7 +99,7 @@ def load_examples(
     objective: Objective,
     args: argparse.Namespace,
     say: Callable,
-) -> Store:
+) -> arrays.Store:
     """Read and encode, or take from the cache; gather by prompt, thin, and keep what the loss learns from.
     Says what was left out and why. Raises ValueError if nothing is left, or for rows that are no list."""
     select = ranking.usable_feedback if args.group_by else objective.select
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         objective = make_objective(args)
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
-        tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
+        tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template.name}")
         train = load_examples(args.data, "train", tokenizer, template, objective, args, say)

@@ -8,30 +8,23 @@ attention code of their own.
 """
 
 import argparse
-import contextlib
 import copy
-import os
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 import attention
 import files
+import loading
 import vocab
 
-transformers_logging.disable_progress_bar()
 # Of the spread of log-probabilities over positions; rounding stays under 1e-5 of it.
 CHECK_TOLERANCE = 1e-3
 
@@ -105,32 +98,21 @@ def load(
     does not reproduce the model's own logits.
     """
     trust = {"trust_remote_code": trust_remote_code}
-    options = {**trust, **_local(path)}
-    with _one_line(path):
+    options = {**trust, **loading.local(path)}
+    with loading.one_line(path):
         config = AutoConfig.from_pretrained(path, **options)
         if weights == "random":
             torch.manual_seed(seed)
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
         else:
-            lm = _from_pretrained(path, config, torch.float32, options, reward_model)
-    _refuse_not_finite(path, lm)
+            lm = loading.from_pretrained(path, config, torch.float32, options, reward_model)
+    loading.refuse_not_finite(path, lm)
     _grow(lm, vocabulary)
     _check_positions(path, lm.config.get_text_config(), max_length)
     _disable_dropout(lm)
     model = LanguageModel(lm)
     _check_packing(path, model, max_length)
     return _cast(model, dtype)
-
-
-def load_plain(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """transformers' own model, to generate with: in evaluation mode, on its own attention. A directory with
-    an adapter is its base model with the adapter merged. Raises ValueError as `load` does."""
-    options = {"trust_remote_code": trust_remote_code, **_local(path)}
-    if (Path(path) / "adapter_config.json").exists():
-        return _merged(path, dtype, trust_remote_code)
-    with _one_line(path):
-        config = AutoConfig.from_pretrained(path, **options)
-        return _from_pretrained(path, config, dtype, options, False).eval()
 
 
 def fingerprint(path: str, weights: str = "pretrained") -> str:
@@ -155,14 +137,6 @@ def digests(args: argparse.Namespace) -> dict[str, str]:
 def copied(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     """The same model again, its parameters in `dtype`: what `load` would give, without reading it twice."""
     return _cast(copy.deepcopy(model), dtype)
-
-
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory or hub name. Raises ValueError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_local(path))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no tokenizer ({str(error).strip().splitlines()[0]})") from error
 
 
 def check_vocabulary(tokenizer: Any, policy: LanguageModel, reference: LanguageModel | None = None) -> None:
@@ -223,7 +197,7 @@ def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
     if missing:
         raise ValueError(f"{type(lm).__name__}: its sequence classifier has other parameters ({missing[0]})")
     if any("ForSequenceClassification" in name for name in lm.config.architectures or ()):
-        old = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **_local(path))
+        old = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **loading.local(path))
         if old.score.weight.shape != lm.score.weight.shape:
             raise ValueError(
                 f"{path}: a classifier of {old.score.weight.shape[0]} labels, not a reward model"
@@ -254,96 +228,6 @@ def _cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     for parameter in model.parameters():  # not model.to(): rotary frequencies stay fp32, as under FSDP
         parameter.data = parameter.data.to(dtype)
     return model
-
-
-@contextlib.contextmanager
-def _one_line(path: str) -> Iterator[None]:
-    """Whatever goes wrong within, a dozen unrelated types for a directory that is not a model, is a
-    ValueError of one line; transformers itself says nothing."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its report of missing weights is ours
-    try:
-        yield
-    except Exception as error:
-        what = str(error).strip() or type(error).__name__
-        raise ValueError(f"{path}: {what.splitlines()[0].removeprefix(f'{path}: ')}") from error
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
-def _from_pretrained(
-    path: str, config: Any, dtype: torch.dtype, options: dict[str, Any], reward_model: bool
-) -> nn.Module:
-    """A language model with every weight of it. Raises ValueError."""
-    lm, report = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
-    scorer = any("ForSequenceClassification" in name for name in config.architectures or ())
-    if scorer and not reward_model:
-        raise ValueError("a classifier, not a language model")
-    _untie(lm)
-    head = {f"lm_head.{kind}" for kind in ("weight", "bias")} if scorer else set()
-    _refuse_missing(path, {**report, "missing_keys": set(report["missing_keys"]) - head}, lm)
-    return lm
-
-
-def _merged(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The base model of peft's adapter directory, the adapter merged into it in fp32."""
-    try:
-        import peft
-    except ImportError:
-        raise ValueError(f"{path} holds an adapter, which takes peft (pip install peft)") from None
-    with _one_line(path):
-        if not (Path(path) / "adapter_model.safetensors").exists():
-            raise ValueError("no adapter_model.safetensors (pickle .bin files are not loaded)")
-        base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
-        if not base:
-            raise ValueError('adapter_config.json has no "base_model_name_or_path"')
-    lm = load_plain(base, torch.float32, trust_remote_code)
-    with _one_line(path):
-        merged = peft.PeftModel.from_pretrained(lm, path, local_files_only=True).merge_and_unload()
-    return merged.to(dtype).eval()
-
-
-def _local(path: str) -> dict[str, bool]:
-    """A path that looks like a directory must be one; then the hub is not asked."""
-    if Path(path).exists():
-        return {"local_files_only": True}
-    if path.count("/") > 1 or path.startswith((".", os.sep)):
-        raise ValueError(f"{path}: no such model directory")
-    return {}
-
-
-def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
-    tied = set(getattr(lm, "all_tied_weights_keys", None) or {})
-    missing = sorted(set(report["missing_keys"]) - tied)
-    wrong = sorted(str(key) for key in report.get("mismatched_keys") or [])
-    if missing or wrong:
-        raise ValueError(
-            f"{path}: {len(missing + wrong)} weights missing or misshapen (first: {(missing + wrong)[0]})"
-        )
-
-
-def _refuse_not_finite(path: str, lm: nn.Module) -> None:
-    named = list(lm.named_parameters())
-    peaks = torch._foreach_norm([parameter.detach() for _, parameter in named], float("inf"))
-    bad = [name for (name, _), peak in zip(named, peaks) if not peak.isfinite()]
-    if bad:
-        raise ValueError(f"{path}: {len(bad)} weights hold numbers that are not finite (first: {bad[0]})")
-
-
-def _untie(lm: nn.Module) -> None:
-    """A file may hold a head of its own where the configuration says tied: then it is trained apart, and the
-    export must say so."""
-    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-    for config in (lm.config, lm.config.get_text_config()):
-        if head is not None and getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = head.weight is embedding.weight
 
 
 @torch.no_grad()

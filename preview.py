@@ -36,7 +36,7 @@ import batch
 import chat
 import config
 import encode
-import model
+import loading
 import ranking
 import sft
 from arrays import Store
@@ -421,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with config.user_errors():
         say(f"model: {args.model}")
-        tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
+        tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template.name}")
         data = load(args, tokenizer, template, say)

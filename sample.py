@@ -34,7 +34,7 @@ import data
 import encode
 import fsdp
 import generation
-import model
+import loading
 import parts
 import progress
 from formats import Example, Fault
@@ -151,7 +151,7 @@ def transformers_engine(
     args: argparse.Namespace, tokenizer: Any, template: chat.Template, device: torch.device
 ) -> Callable[[list[list[int]], list[int]], list[list[int]]]:
     """(prompts, seeds) -> answers, all of them ids."""
-    lm = model.load_plain(args.model, getattr(torch, args.dtype), args.trust_remote_code).to(device)
+    lm = loading.load_plain(args.model, getattr(torch, args.dtype), args.trust_remote_code).to(device)
     longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and args.max_prompt_length + args.max_new_tokens > longest:
         raise ValueError(
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{args.out} is there: nothing to do")
             return
         rank, world_size, device = fsdp.init(args.device)
-        tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
+        tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         left_out = Counter()
         if next(asked(args, tokenizer, template, left_out), None) is None:

@@ -44,7 +44,7 @@ import config
 import data
 import encode
 import formats
-import model
+import loading
 import values
 from formats import Example, Fault
 
@@ -253,7 +253,7 @@ def _classifier(args: argparse.Namespace) -> Scorer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is visible")
-    tokenizer = model.load_tokenizer(args.by, args.trust_remote_code)
+    tokenizer = loading.load_tokenizer(args.by, args.trust_remote_code)
     classifier = _load_classifier(args).to(device).eval()
     label = _label(args, classifier.config)
     template = _template(args, tokenizer, classifier.config)

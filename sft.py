@@ -32,6 +32,7 @@ import encode
 import export
 import fsdp
 import generation
+import loading
 import losses
 import model
 import progress
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trackers.check(args.log_to)
         rank, world_size, device = fsdp.init(args.device)
         say = print if rank == 0 else lambda *parts, **options: None
-        tokenizer = model.load_tokenizer(args.model, args.trust_remote_code)
+        tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template.name}")
         if args.method == "csft":

@@ -26,6 +26,7 @@ import batch  # noqa: E402
 import chat  # noqa: E402
 import data  # noqa: E402
 import encode  # noqa: E402
+import loading  # noqa: E402
 import model  # noqa: E402
 import risk  # noqa: E402
 import vocab  # noqa: E402
@@ -75,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
 
     reference = model.load(args.model, torch.float32, 512)
-    tokenizer = model.load_tokenizer(args.model)
+    tokenizer = loading.load_tokenizer(args.model)
     template = chat.chat_template(tokenizer, None)
     examples = data.load(args.data, "test")[0][: args.pairs]
     pack = batch.pack([encode.encode(example, tokenizer, 512, 256, template) for example in examples])

@@ -28,7 +28,7 @@ import chat  # noqa: E402
 import data  # noqa: E402
 import encode  # noqa: E402
 import formats  # noqa: E402
-import model  # noqa: E402
+import loading  # noqa: E402
 import ranking  # noqa: E402
 
 LAYOUTS = [layout for rank in formats.RANKS for layout in rank]
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "examples" / "tiny"))
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    tokenizer = model.load_tokenizer(args.model)
+    tokenizer = loading.load_tokenizer(args.model)
     template = chat.chat_template(tokenizer, None)
     counts, slowest, done = Counter(), 0.0, 0
     with tempfile.TemporaryDirectory() as folder:

@@ -35,6 +35,7 @@ import chat  # noqa: E402
 import data  # noqa: E402
 import encode  # noqa: E402
 import fsdp  # noqa: E402
+import loading  # noqa: E402
 import model  # noqa: E402
 import risk  # noqa: E402
 import vocab  # noqa: E402
@@ -126,7 +127,7 @@ def child(path: Path, name: str, drift: str) -> None:
 
 @torch.no_grad()
 def make_operands(path: str, source: str, pairs: int) -> dict[str, Tensor]:
-    tokenizer = model.load_tokenizer(path)
+    tokenizer = loading.load_tokenizer(path)
     template = chat.chat_template(tokenizer, None)
     examples = data.load(source, "train")[0][:pairs]
     pack = batch.pack([encode.encode(example, tokenizer, 512, 256, template) for example in examples])

@@ -31,7 +31,7 @@ import transformers  # noqa: E402
 import chat  # noqa: E402
 import data  # noqa: E402
 import encode  # noqa: E402
-import model  # noqa: E402
+import loading  # noqa: E402
 
 ROWS = {
     "dpo": ["--loss", "dpo"],
@@ -175,7 +175,7 @@ def main() -> None:
             rows, _ = run_row(args, label, args.warmup + args.steps)
             found[label] += rows[args.warmup :]
             peaks[label] = max(peaks[label], *[row["mem_gb"] for row in rows])
-    tokenizer = model.load_tokenizer(args.model)
+    tokenizer = loading.load_tokenizer(args.model)
     template = chat.chat_template(tokenizer, None)
     examples = data.load(args.data, "train")[0]
     encoded = [encode.encode(example, tokenizer, 512, 256, template) for example in examples]

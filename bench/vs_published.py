@@ -35,7 +35,7 @@ from vs_trl import MAX_LENGTH, add_flags, choose_pairs, run_ours  # noqa: E402
 import chat  # noqa: E402
 import data  # noqa: E402
 import encode  # noqa: E402
-import model as models  # noqa: E402
+import loading  # noqa: E402
 
 NAIVE_PAIRS = 2
 LEVEL = 0.97
@@ -83,7 +83,7 @@ def naive_loss(policy: torch.nn.Module, reference: torch.nn.Module, pairs: list[
 
 def naive(args: argparse.Namespace, folder: Path) -> dict:
     """Seconds of each step and the peak memory of this process."""
-    tokenizer = models.load_tokenizer(args.model)
+    tokenizer = loading.load_tokenizer(args.model)
     template = chat.chat_template(tokenizer, None)
     pairs = [
         encode.encode(e, tokenizer, 4096, 2048, template)

@@ -113,9 +113,9 @@ def choose_pairs(model: str, source: str, number: int, folder: Path) -> tuple[Pa
     import chat
     import data
     import encode
-    import model as models
+    import loading
 
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = loading.load_tokenizer(model)
     template = chat.chat_template(tokenizer, None)
     kept, pair_tokens, sft_tokens = [], [], []
     for example in data.load(source, "train")[0]:

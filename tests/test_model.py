@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import attention
+import loading
 import model
 import vocab
 
@@ -171,7 +172,7 @@ def test_longrope_of_phi3(tmp_path):
 
 def test_the_vocabulary(tmp_path):
     # red: `>` for `<`; `>=`: an embedding of just the tokenizer's size is right, a padded one too
-    tokenizer = model.load_tokenizer(TINY)
+    tokenizer = loading.load_tokenizer(TINY)
     configs = [hf.LlamaConfig(**LLAMA | {"vocab_size": size}) for size in (8191, 8192, 8197)]
     small, exact, padded = (load(save(tmp_path / str(config.vocab_size), config)) for config in configs)
     model.check_vocabulary(tokenizer, exact)
@@ -185,7 +186,7 @@ def test_the_vocabulary(tmp_path):
 def test_no_tokenizer(tmp_path):
     path = save(tmp_path)
     with pytest.raises(ValueError, match="no tokenizer") as caught:
-        model.load_tokenizer(path)
+        loading.load_tokenizer(path)
     assert "\n" not in str(caught.value)
 
 

@@ -11,13 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
-EVERYTHING |= {"generation", "progress", "rundir", "signals", "store", "values", "vocab"}
+EVERYTHING |= {"generation", "loading", "progress", "rundir", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
     # align and sft: for their own parse_args and load_examples, lest the preview differs from the training
     "preview": {"align", "sft"}
-    | {"arrays", "batch", "chat", "config", "encode", "model", "objective", "ranking"},
+    | {"arrays", "batch", "chat", "config", "encode", "loading", "objective", "ranking"},
     "label": {"config", "data", "formats", "parts", "progress", "ranking", "scoring"},
     "judge": {"config", "scoring"},
     "plot": set(),
@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "store": {"arrays", "chat", "data", "encode", "files", "formats", "progress", "ranking", "values"},
     "batch": {"encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
-    "model": {"attention", "files", "vocab"},
+    "loading": set(),
+    "model": {"attention", "files", "loading", "vocab"},
     "fsdp": set(),
     "checkpoint": {"fsdp"},
     "config": set(),
@@ -48,8 +49,8 @@ MAY_IMPORT = {
     "parts": {"config"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
-    "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "model", "parts", "progress"},
-    "scoring": {"chat", "config", "data", "encode", "formats", "model", "values"},
+    "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "loading", "parts", "progress"},
+    "scoring": {"chat", "config", "data", "encode", "formats", "loading", "values"},
     "trackers": set(),
 }
 # Sequence: the examples of arrays.py. A class decorated with @dataclass is a record and needs no base.
