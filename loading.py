@@ -1,5 +1,5 @@
-"""What transformers reads of a model, checked: a directory or a hub name in, a whole model or tokenizer out, or
-one line that says what is wrong with it.
+"""What transformers reads of a model, checked: a directory or a hub name in, a whole model or tokenizer out,
+or one line that says what is wrong with it.
 
     from_pretrained    a language model with every weight of it
     load_plain         the same to generate with, an adapter merged into its base
@@ -123,6 +123,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 
 
 def refuse_not_finite(path: str, lm: nn.Module) -> None:
+    """Raises ValueError for a weight that is not finite."""
     named = list(lm.named_parameters())
     peaks = torch._foreach_norm([parameter.detach() for _, parameter in named], float("inf"))
     bad = [name for (name, _), peak in zip(named, peaks) if not peak.isfinite()]

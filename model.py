@@ -197,7 +197,8 @@ def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
     if missing:
         raise ValueError(f"{type(lm).__name__}: its sequence classifier has other parameters ({missing[0]})")
     if any("ForSequenceClassification" in name for name in lm.config.architectures or ()):
-        old = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **loading.local(path))
+        local = loading.local(path)
+        old = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **local)
         if old.score.weight.shape != lm.score.weight.shape:
             raise ValueError(
                 f"{path}: a classifier of {old.score.weight.shape[0]} labels, not a reward model"
