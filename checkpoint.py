@@ -148,8 +148,9 @@ def _publish(beside: Path, target: Path, about: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"{missing[0]} is not there: is {target.parent} a disk that all nodes share?")
     files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(beside.iterdir())}
+    record = {"format": FORMAT, **about, "files": files}
     with open(beside / "trainer.json", "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **about, "files": files}, file, indent=1)
+        json.dump(record | {"checksum": _record_checksum(record)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     if target.exists():
@@ -353,7 +354,15 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ValueError("not a checkpoint's record")
     if record["format"] > FORMAT:
         raise ValueError(f"format {record['format']}, this program reads <= {FORMAT}")
+    if record.get("checksum", expected := _record_checksum(record)) != expected:  # older ones have none
+        raise ValueError("it has changed since it was written")
     return record
+
+
+def _record_checksum(record: dict[str, Any]) -> int:
+    """Of all else that a record holds."""
+    rest = {key: value for key, value in record.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:

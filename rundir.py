@@ -162,9 +162,9 @@ def leave_if_told(
     device: torch.device,
     step: int,
 ) -> None:
-    """Where a signal came to any rank: save the step that all have reached, say so, and end the process."""
-    number = fsdp.largest(signals.heard(), device)
-    if not number:
+    """Where a signal came to any rank: save the step that all have reached, say so, and end the process. Not
+    between PPO's steps on one batch, for what phase A froze of it is in no checkpoint."""
+    if step % getattr(args, "ppo_epochs", 1) or not (number := fsdp.largest(signals.heard(), device)):
         return
     rank, why = fsdp.ranks()[0], signal.Signals(number).name
     model.reshard()  # an evaluation has gathered some

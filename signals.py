@@ -1,21 +1,27 @@
 """SIGTERM, SIGINT and SIGUSR1: the step in progress ends, and all ranks save that step and leave.
 
-Told before there is anything to save, or told twice, a process ends at once. The rest is
-rundir.leave_if_told, which the loops ask at every step and in every micro-batch of an evaluation. Exit code 0
-after SIGUSR1 and under Slurm, which tells so before it takes a machine back; else 128 + the signal's number.
+Told before there is anything to save, or told twice, a process ends at once, whatever it waits for: a thread
+hears the signals, for Python's own handlers run only when a collective returns, which after the death of
+another rank it may never do. The rest is rundir.leave_if_told, which the loops ask at every step and in every
+micro-batch of an evaluation. Exit code 0 after SIGUSR1 and under Slurm, which tells so before it takes a
+machine back; else 128 + the signal's number.
 """
 
 import os
 import signal
-from typing import Any
+import threading
 
 HEARD = {"number": 0, "waits": False}  # the signal that came; whether a loop will ask for it
 
 
 def listen() -> None:
     """From here on a signal ends the process in one line and, after `wait`, when a loop asks."""
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    signal.set_wakeup_fd(mouth)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _hear)
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_listen, args=(ear,), daemon=True).start()
 
 
 def wait() -> None:
@@ -33,10 +39,16 @@ def exit_code(number: int) -> int:
     return 0 if number == signal.SIGUSR1 or "SLURM_JOB_ID" in os.environ else 128 + number
 
 
-def _hear(number: int, frame: Any) -> None:
+def _listen(ear: int) -> None:
+    while number := os.read(ear, 1):
+        if number[0] in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            _hear(number[0])
+
+
+def _hear(number: int) -> None:
     if HEARD["waits"] and not HEARD["number"]:
         HEARD["number"] = number
         return
     when = "again, nothing saved" if HEARD["number"] else "before the first step, nothing to save"
-    os.write(2, f"stopped by {signal.Signals(number).name} ({when})\n".encode())  # print is not reentrant
+    os.write(2, f"stopped by {signal.Signals(number).name} ({when})\n".encode())
     os._exit(128 + number if HEARD["number"] else exit_code(number))

@@ -121,6 +121,7 @@ def forge(step, name, content):
     (step / name).write_bytes(content)
     record = json.loads((step / "trainer.json").read_text())
     record["files"][name] = [len(content), zlib.crc32(content)]
+    record["checksum"] = checkpoint._record_checksum(record)
     (step / "trainer.json").write_text(json.dumps(record))
 
 
