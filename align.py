@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.user_errors():
         trackers.check(args.log_to)
         objective = make_objective(args)
-        rank, world_size, device = fsdp.init(args.device)
+        rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
         say = print if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)

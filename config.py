@@ -174,6 +174,8 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
         "--log-to", choices=trackers, default=None, nargs="+", help="beside metrics.jsonl; None: nowhere"
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    lost = "a rank waits for another so long, then the run fails"
+    group.add_argument("--timeout-minutes", type=positive, default=60.0, help=lost)
     group.add_argument(
         "--token-cache",
         type=directory,
@@ -186,8 +188,8 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
 # What does not change what is trained: where and how often a run writes, and how it computes.
 HOW_FLAGS = (
     "out", "resume", "save_every", "keep_last", "final_dtype", "log_every", "log_to", "device", "token_cache",
-    "trust_remote_code", "strict_data", "tokens_per_microbatch", "activation_checkpointing", "eval_data",
-    "eval_every", "eval_examples", "sample_prompts",
+    "timeout_minutes", "trust_remote_code", "strict_data", "tokens_per_microbatch",
+    "activation_checkpointing", "eval_data", "eval_every", "eval_examples", "sample_prompts",
 )  # fmt: skip
 # What a resumed run may change: that, and how long and how fast it goes on.
 FREE_FLAGS = (

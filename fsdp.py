@@ -1,4 +1,5 @@
-"""Everything that must know there is more than one process: start, shard, sum, clip, agree on a number.
+"""Everything that must know there is more than one process: start, shard, sum, clip, agree on a number,
+notice that another one is gone.
 
 FSDP2 (`fully_shard`) always, also with one process, so there is one code path: `python align.py` makes a
 group of one. Each block is a unit, gathered for its forward and again for its backward; what is left
@@ -11,8 +12,12 @@ Left out: tensor, pipeline and expert parallelism; CPU offload.
 import contextlib
 import ctypes
 import os
+import sys
+import threading
+import time
 from datetime import timedelta
-from typing import Iterable
+from types import TracebackType
+from typing import Any, Iterable
 
 import torch
 import torch.distributed as dist
@@ -26,11 +31,18 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+# What the thread of `_watch` says of this rank and knows of the others.
+HEALTH: dict[str, Any] = {
+    "calls": 0, "heard": {}, "pause": 1.0, "store": None, "report": lambda reason: None,
+}  # fmt: skip
 
-def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.device]:
+
+def init(device: str, timeout_minutes: float = 60) -> tuple[int, int, torch.device]:
     """Join torchrun's process group, or make a group of one. Returns (rank, world size, this rank's device).
 
-    Raises ValueError if `device` is "cuda" and this rank has none of its own.
+    A rank that another one has waited for so long ends the run, and so does one without a sign of life: see
+    `_watch`. Raises ValueError if `device` is "cuda" and this rank has none of its own, or a rank does not
+    come.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,12 +61,76 @@ def init(device: str, timeout_minutes: float = 10) -> tuple[int, int, torch.devi
         os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # torch's; 1,024
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # oneDNN's; 1,024
     timeout = timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        _join(backend, timeout)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     return *ranks(), place
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Meet the other ranks, one by one, and from then on keep an eye on them."""
+    limit, missing = time.monotonic() + timeout.total_seconds(), "a rank"
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set(f"alive-{rank}", "0 0")
+        for other in range(world_size):
+            missing = f"rank {other}"
+            store.wait([f"alive-{other}"], timedelta(seconds=max(0.1, limit - time.monotonic())))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError as error:
+        raise ValueError(f"{missing} has not come within --timeout-minutes") from error
+    # a connection of its own: on the first one a call may wait
+    HEALTH["store"] = store.clone()
+    sys.excepthook = _explain
+    threading.Thread(target=_watch, args=(HEALTH["store"], timeout.total_seconds()), daemon=True).start()
+
+
+def _watch(store: dist.Store, timeout: float) -> None:
+    """Tell the others, once a second, that this rank lives and how far it is. One that has said nothing for
+    four fifths of the timeout is stopped or dead, and ends this process before a collective gives it up."""
+    rank, world_size = ranks()
+    others = [other for other in range(world_size) if other != rank]
+    HEALTH["heard"] = {other: ("", time.monotonic()) for other in others}
+    HEALTH["pause"] = min(1.0, timeout / 20)
+    while HEALTH["store"] is store:
+        with contextlib.suppress(RuntimeError):  # whoever holds the store may be gone: then all are silent
+            store.set(f"alive-{rank}", f"{time.monotonic()} {HEALTH['calls']}")
+            for other, word in zip(others, store.multi_get([f"alive-{other}" for other in others])):
+                if word != HEALTH["heard"][other][0] or word == b"done":
+                    HEALTH["heard"][other] = word, time.monotonic()
+        if silent := _silent(0.8 * timeout):
+            _end(silent, f"no sign of life for {0.8 * timeout:.3g} s")
+        time.sleep(HEALTH["pause"])
+
+
+def _silent(seconds: float) -> list[int]:
+    """The ranks that have said nothing for so long."""
+    return [other for other, (_, when) in HEALTH["heard"].items() if time.monotonic() - when > seconds]
+
+
+def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say in one line which rank a collective has failed for; the traceback of anything else."""
+    if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return sys.__excepthook__(kind, error, trace)
+    time.sleep(5 * HEALTH["pause"])  # who has just died is silent from now on
+    calls = {other: int(word.split()[-1]) for other, (word, _) in HEALTH["heard"].items() if b" " in word}
+    behind = [other for other, count in calls.items() if count < HEALTH["calls"]]
+    cause = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+    _end(_silent(4 * HEALTH["pause"]) or behind, cause)
+
+
+def _end(lost: list[int], why: str) -> None:
+    """End this process for others that are lost, which the first of those that are left says."""
+    left = [rank for rank in range(ranks()[1]) if rank not in lost]
+    reason = f"rank {', '.join(map(str, lost)) or 'unknown'} is lost: stopped, dead or waiting ({why})"
+    if ranks()[0] == left[0]:
+        HEALTH["report"](reason)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _keep_freed_memory() -> None:
@@ -144,6 +220,7 @@ def from_rank_zero(value: int, device: torch.device) -> int:
 
 def largest(value: int, device: torch.device) -> int:
     """The largest of all ranks' whole numbers, on every rank."""
+    HEALTH["calls"] += 1  # once a step: who is behind shows when a collective fails
     found = torch.tensor(value, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found.item())
@@ -173,9 +250,14 @@ def not_finite(model: nn.Module) -> str:
 
 
 def barrier() -> None:
+    HEALTH["calls"] += 1
     dist.barrier()
 
 
 def finish() -> None:
+    if store := HEALTH["store"]:
+        HEALTH["store"] = None
+        with contextlib.suppress(RuntimeError):
+            store.set(f"alive-{ranks()[0]}", "done")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -20,7 +20,7 @@ from typing import Any, Iterable, Sequence
 import config
 
 # What changes how a part is made, and not what is in it.
-HOW = ("out", "device", "batch_size", "trust_remote_code")
+HOW = ("out", "device", "batch_size", "timeout_minutes", "trust_remote_code")
 
 
 def check(out: str, settings: dict[str, Any]) -> bool:

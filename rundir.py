@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -129,6 +130,7 @@ def begin(
             config.write_json(Path(args.out) / "args.json", flags)
             rewind_log(args.out, start)
     write_status(args, rank, "running", start)
+    fsdp.HEALTH["report"] = functools.partial(_report_lost, args)
     signals.wait()
 
 
@@ -202,6 +204,15 @@ def write_status(args: argparse.Namespace, rank: int, state: str, step: int, rea
         status |= {"last_checkpoint": saved[0].name} if saved else {}
         with contextlib.suppress(OSError):
             config.write_json(Path(args.out) / "status.json", status)
+
+
+def _report_lost(args: argparse.Namespace, reason: str) -> None:
+    """Of a run that ends because a rank is lost, by whichever rank is left."""
+    with contextlib.suppress(OSError, ValueError):
+        path = Path(args.out) / "status.json"
+        status = json.loads(path.read_text(encoding="utf-8"))
+        if status["state"] == "running":  # else a rank that failed by itself has said why
+            config.write_json(path, status | {"state": "failed", "time": time.time(), "reason": reason})
 
 
 def check_row(args: argparse.Namespace, rank: int, step: int, row: dict[str, Any]) -> None:

@@ -65,6 +65,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--engine", choices=("transformers", "vllm"), default="transformers")
     add("--batch-size", type=config.count, default=32, help="answers at a time")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--timeout-minutes", type=config.positive, default=60.0, help="a process waits so long for another")
     add("--trust-remote-code", type=config.boolean, default=False, metavar="true|false")
     # fmt: on
     args = config.parse(made, argv)
@@ -213,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if parts.check(args.out, vars(args) | states):
             print(f"{args.out} is there: nothing to do")
             return
-        rank, world_size, device = fsdp.init(args.device)
+        rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         left_out = Counter()

@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rundir.check_run(args)
     with config.user_errors():
         trackers.check(args.log_to)
-        rank, world_size, device = fsdp.init(args.device)
+        rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
         say = print if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)

@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -77,7 +76,8 @@ def command(base: Path, kind: str, out: Path) -> list[str]:
     argv += ["--model", base / "model", "--data", base / "pairs.jsonl", "--eval-data", base / "pairs.jsonl"]
     argv += ["--eval-examples", "8", "--eval-every", "4", "--token-cache", base / "cache", "--out", out]
     argv += ["--steps", STEPS, "--save-every", SAVE_EVERY, "--batch-size", "6", "--lr", "1e-3"]
-    argv += ["--tokens-per-microbatch", "64", "--warmup-steps", "0", "--max-length", "64", "--device", "cpu", "--resume", "auto"]
+    argv += ["--tokens-per-microbatch", "64", "--warmup-steps", "0", "--max-length", "64"]
+    argv += ["--device", "cpu", "--resume", "auto"]
     return [str(part) for part in argv]
 
 
@@ -108,7 +108,7 @@ def fork(argv: list[str], ranks: int, log: Path) -> list[int]:
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
