@@ -4,13 +4,14 @@ write.
     python tests/drive.py JOBS.json          torchrun --nproc-per-node 2 tests/drive.py JOBS.json
 
 A job is {"script", "argv", "mutation": [old, new] or null}. The script's source is executed as it stands, or
-with one line replaced: the mutation that must turn a test red. Into the run directory goes gradients.pt, the
+with one line replaced, of it or of frozen.py: the mutation that must turn a test red. Into the run directory goes gradients.pt, the
 whole gradients of every optimiser step before clipping, from rank 0.
 """
 
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,13 +46,16 @@ def run(job: dict) -> None:
         return clip_gradients(part, max_norm)
 
     fsdp.clip_gradients = record
-    source = (ROOT / job["script"]).read_text(encoding="utf-8")
+    sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in (job["script"], "frozen.py")}
     if job.get("mutation"):
         old, new = job["mutation"]
-        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {job['script']}"
-        source = source.replace(old, new)
+        counts = {name: source.count(old) for name, source in sources.items()}
+        assert sum(counts.values()) == 1, f"{old!r} stands {counts} times"
+        sources = {name: source.replace(old, new) for name, source in sources.items()}
+    frozen = sys.modules["frozen"] = types.ModuleType("frozen")
+    exec(compile(sources["frozen.py"], "frozen.py", "exec"), vars(frozen))
     names = {"__name__": "driven", "__file__": str(ROOT / job["script"])}
-    exec(compile(source, job["script"], "exec"), names)
+    exec(compile(sources[job["script"]], job["script"], "exec"), names)
     names["main"](job["argv"])
     out = Path(job["argv"][job["argv"].index("--out") + 1])
     if int(os.environ.get("RANK", 0)) == 0:

@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
-EVERYTHING |= {"generation", "loading", "progress", "rundir", "signals", "store", "values", "vocab"}
+EVERYTHING |= {"frozen", "generation", "loading", "progress", "rundir", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
-    "sft": EVERYTHING - {"objective"} | {"trackers"},
+    "sft": EVERYTHING - {"frozen", "objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
     # align and sft: for their own parse_args and load_examples, lest the preview differs from the training
     "preview": {"align", "sft"}
@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "loading": set(),
     "model": {"attention", "files", "loading", "vocab"},
     "fsdp": set(),
+    "frozen": {"attention", "batch", "fsdp", "model", "objective", "vocab"},
     "checkpoint": {"fsdp"},
     "config": set(),
     "rundir": {"checkpoint", "config", "fsdp", "signals"},
