@@ -71,6 +71,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--warmup-steps", type=config.count_or_zero, default=150, help="linear from 0; then a cosine to 0")
     add("--weight-decay", type=config.not_negative, default=0.0)
     add("--adam-eps", type=config.positive, default=1e-8)
+    add("--skip-non-finite", type=config.count_or_zero, default=0, help="steps left out before one stops")
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over the step")
     add("--max-value-grad-norm", type=config.positive, default=None, help="of a value head alone; None: 0.1")
     add("--ppo-epochs", type=config.count, default=1, help="optimiser steps on a batch, its phase A kept")
@@ -327,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
         if policy.value_head is not None:
             row["value_grad_norm"] = fsdp.clip_gradients(policy.value_head, args.max_value_grad_norm)
-        rundir.check_row(args, rank, step, row)
+        if rundir.skips(args, step, row, optimizer, works, tallies, train):
+            continue
         if args.sync_reference_every and (step + 1) % args.sync_reference_every == 0:
             fsdp.copy_parameters(policy, reference)  # the policy before this update, not the one after it
         optimizer.step()

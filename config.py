@@ -194,6 +194,7 @@ HOW_FLAGS = (
 # What a resumed run may change: that, and how long and how fast it goes on.
 FREE_FLAGS = (
     *HOW_FLAGS, "epochs", "steps", "lr", "warmup_steps", "max_grad_norm", "max_value_grad_norm",
+    "skip_non_finite",
 )  # fmt: skip
 
 

@@ -235,6 +235,13 @@ def ranks_where(holds: bool, device: torch.device) -> list[int]:
     return [index for index, flag in enumerate(flags.tolist()) if flag]
 
 
+def gathered(text: str) -> list[str]:
+    """What each rank says, on every rank."""
+    said = [""] * ranks()[1]
+    dist.all_gather_object(said, text)
+    return said
+
+
 @torch.no_grad()
 def not_finite(model: nn.Module) -> str:
     """The name of the first parameter that holds a number which is not finite, on any rank, or an empty

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -118,6 +119,7 @@ def begin(
     """The first words of a run that goes on at `start`: its flags, its log up to there, its status. Says what
     a checkpoint needs. Stops the run if the weights are not finite, or not one checkpoint fits where there
     shall be some."""
+    skipped = 0
     with config.user_errors():
         check_weights(model, f"step-{start}")
         if rank == 0:
@@ -128,8 +130,8 @@ def begin(
             print(said, flush=True)
             flags = {key: value for key, value in vars(args).items() if value is not None}
             config.write_json(Path(args.out) / "args.json", flags)
-            rewind_log(args.out, start)
-    write_status(args, rank, "running", start)
+            skipped = rewind_log(args.out, start)
+    write_status(args, rank, "running", start, skipped=skipped)
     fsdp.HEALTH["report"] = functools.partial(_report_lost, args)
     signals.wait()
 
@@ -194,11 +196,18 @@ def failing(args: argparse.Namespace, rank: int, step: int) -> Iterator[None]:
         config.fail(str(error))
 
 
-def write_status(args: argparse.Namespace, rank: int, state: str, step: int, reason: str = "") -> None:
+def write_status(
+    args: argparse.Namespace, rank: int, state: str, step: int, reason: str = "", skipped: int | None = None
+) -> None:
     """status.json of the run: running, saved, done or failed, at which optimiser step that was written, why,
-    and the newest checkpoint. Where the disk is full the old one stays."""
+    the newest checkpoint, and how many steps were skipped (None: as many as it says). Where the disk is full
+    the old one stays."""
     if rank == 0:
         status = {"state": state, "step": step, "time": time.time()}
+        with contextlib.suppress(OSError, ValueError):
+            old = json.loads((Path(args.out) / "status.json").read_text(encoding="utf-8"))
+            skipped = old.get("skipped", 0) if skipped is None else skipped
+        status |= {"skipped": skipped} if skipped else {}
         status |= {"reason": reason} if reason else {}
         saved = checkpoint.complete(args.out)
         status |= {"last_checkpoint": saved[0].name} if saved else {}
@@ -215,13 +224,58 @@ def _report_lost(args: argparse.Namespace, reason: str) -> None:
             config.write_json(path, status | {"state": "failed", "time": time.time(), "reason": reason})
 
 
-def check_row(args: argparse.Namespace, rank: int, step: int, row: dict[str, Any]) -> None:
-    """Stop the run, before the update, if the loss of a step or the norm of a gradient is not finite."""
-    numbers = [row[name] for name in ("loss", "grad_norm", "value_grad_norm") if name in row]
-    if not math.isfinite(sum(numbers)):
-        reason = "the loss or its gradient is not finite"
+def skips(
+    args: argparse.Namespace,
+    step: int,
+    row: dict[str, Any],
+    optimizer: torch.optim.AdamW,
+    works: Sequence[Any],
+    tallies: Sequence[dict[str, Any]],
+    examples: Sequence[Any],
+) -> bool:
+    """Does a step make no update, for its loss or the norm of a gradient is not finite? The first
+    --skip-non-finite such steps of a run make none, on all ranks, and the next one ends it. Either says where
+    that began: `works` and `tallies` are the groups and the sums of this rank's micro-batches."""
+    numbers = {name: row[name] for name in ("loss", "grad_norm", "value_grad_norm") if name in row}
+    if math.isfinite(sum(numbers.values())):
+        return False
+    rank = fsdp.ranks()[0]
+    found = [text for text in fsdp.gathered(_first_not_finite(rank, works, tallies, examples)) if text]
+    reason = f"the loss or its gradient is not finite ({'; '.join(found) or 'the gradient alone'})"
+    # AdamW counts its updates, so a run that was resumed knows too
+    skipped = step + 1 - max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    if skipped > args.skip_non_finite:
         write_status(args, rank, "failed", step, reason)
         config.fail(f"step {step}", reason, "weights left as they were")
+    optimizer.zero_grad()
+    said = f"step {step} skipped, {skipped} of at most {args.skip_non_finite}: {reason}"
+    write_status(args, rank, "running", step, said, skipped)
+    if rank == 0:
+        print(f"warning: {said}", file=sys.stderr, flush=True)
+        numbers |= {"skipped": skipped, "time": time.time()}
+        log_row(args.out, {"split": "train", "step": step} | numbers)
+    return True
+
+
+def _first_not_finite(
+    rank: int, works: Sequence[Any], tallies: Sequence[dict[str, Any]], examples: Sequence[Any]
+) -> str:
+    """Of this rank's micro-batches the first one of which a sum is not finite, or the gradient cannot be: its
+    examples, and whose number that is; an empty string if there is none."""
+    for work, sums in zip(works, tallies):
+        bad = [name for name, (total, _) in sums.items() if not total.isfinite()]
+        heavy = [g for g in work.groups if examples[g].weight > 1e15]  # in fp32 its gradient has no square
+        if not bad and not heavy:
+            continue
+        kinds = {name.split("/")[0] for name in bad}
+        told = "logps/chosen" in sums and "logps" not in kinds  # the policy's own numbers are finite
+        what = "policy" if not told else "reference" if kinds & {"rewards", "kl", "risk"} else "loss"
+        groups = heavy or work.groups
+        ids = hashlib.sha256(repr([examples[g][:2] for g in groups]).encode()).hexdigest()[:12]
+        numbers = ", ".join(map(str, groups[:8])) + ", ..." * (len(groups) > 8)
+        what = "row weight" if heavy else what
+        return f"{what}, rank {rank}, examples {numbers}, sha256 of their ids {ids}"
+    return ""
 
 
 def log_row(out: str | Path, row: dict[str, Any]) -> None:
@@ -241,11 +295,12 @@ def write_row(args: argparse.Namespace, rank: int, total: int, row: dict[str, An
             print(progress(row, total), flush=True)
 
 
-def rewind_log(out: str | Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl that a run resumed at `step` will write again."""
+def rewind_log(out: str | Path, step: int) -> int:
+    """Drop the rows of metrics.jsonl that a run resumed at `step` will write again. How many steps before it
+    were skipped."""
     path = Path(out) / "metrics.jsonl"
     if not path.exists():
-        return
+        return 0
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = []
     for line in lines:
@@ -254,6 +309,7 @@ def rewind_log(out: str | Path, step: int) -> None:
     beside = path.with_name(".metrics.tmp")
     beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(beside, path)
+    return sum("skipped" in json.loads(line) for line in kept)
 
 
 def progress(row: dict[str, Any], total: int) -> str:

@@ -65,6 +65,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--warmup-steps", type=config.count_or_zero, default=150, help="linear from 0; then a cosine to 0")
     add("--weight-decay", type=config.not_negative, default=0.0)
     add("--adam-eps", type=config.positive, default=1e-8)
+    add("--skip-non-finite", type=config.count_or_zero, default=0, help="steps left out before one stops")
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over trained tokens")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
     add("--activation-checkpointing", choices=("none", "selective", "full"), default="full")
@@ -235,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         row = fsdp.mean_over_ranks(tallies)
         row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
-        rundir.check_row(args, rank, step, row)
+        if rundir.skips(args, step, row, optimizer, works, tallies, train):
+            continue
         optimizer.step()
         optimizer.zero_grad()
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -102,8 +103,26 @@ def diverged(out, lm):
         weight.data.copy_(before)
 
 
+def not_finite_on_one(out, lm):
+    """The losses of rank 1's second micro-batch."""
+    works = [argparse.Namespace(groups=[k]) for k in (4, 5)]
+    sums = [{"loss": torch.tensor([number, 1.0])} for number in (1.0, float("nan") if fsdp.ranks()[0] else 1.0)]
+    args = argparse.Namespace(out=out, skip_non_finite=1)
+    rows = [argparse.Namespace(weight=1.0)] * 5 + [Weighted([1], [[2]], 1.0)]
+    row = {"loss": float("nan"), "grad_norm": 1.0}
+    said = rundir.skips(args, 0, row, lm[1], works, sums, rows)
+    fsdp.barrier()
+    return [said, json.loads((out / "status.json").read_text())]
+
+
+class Weighted(NamedTuple):
+    prompt: list
+    completions: list
+    weight: float
+
+
 SCENARIOS = [slow_rank, own_disk, other_checkpoint, blind, shared, lost_file, full_disk, diverged]
-SCENARIOS += [full_disk_of_rank_zero]
+SCENARIOS += [full_disk_of_rank_zero, not_finite_on_one]
 
 
 def resumed(out, choice, lm):
@@ -226,6 +245,15 @@ def test_weights_that_are_not_finite_on_one_rank_are_not_saved(pair):
     assert "error: after step 2: weights that are not finite (first: model.norm.weight)" in stderr
 
 
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(pair):
+    # red: skips without fsdp.gathered
+    _, zero, one, stderr = pair
+    for skipped, said in (zero["not_finite_on_one"], one["not_finite_on_one"]):
+        assert skipped and said["skipped"] == 1 and said["state"] == "running"
+        assert "(policy, rank 1, examples 5, sha256 of their ids " in said["reason"]
+    assert stderr.count("warning: step 0 skipped, 1 of at most 1: ") == 1
+
+
 # ---- one process
 # -----------------------------------------------------------------------------------------------------------
 
@@ -330,6 +358,38 @@ def test_the_last_update_is_checked(root, tmp_path, save_every, capfd):
     refuses(capfd, align.main, argv, "finite", "model.")
     assert not {"final", "step-1"} & set(names(tmp_path / "run"))
     assert status(tmp_path / "run")["state"] == "failed" and "finite" in status(tmp_path / "run")["reason"]
+
+
+@pytest.mark.parametrize("script", [sft, align])
+def test_steps_that_are_not_finite_are_skipped_and_counted(root, tmp_path, script, capfd):
+    # red: skips returns False; the loops without its `continue`; `heavy` left out
+    rows = [json.loads(line) | {"weight": 9e29} for line in PAIRS.splitlines()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = command(root, tmp_path / "run", "--data", tmp_path / "rows.jsonl", "--steps", "9")
+    argv += ["--skip-non-finite", "2"]
+    refuses_last(capfd, script.main, argv, "error: step ", "(row weight, rank 0, examples ")
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    rows = [row for row in lines if "skipped" in row]
+    assert [row["skipped"] for row in rows] == [1, 2] and rows[0]["grad_norm"] == "inf"
+    assert status(tmp_path / "run")["state"] == "failed" and status(tmp_path / "run")["skipped"] == 2
+
+
+def refuses_last(capfd, main, argv, *words):
+    capfd.readouterr()
+    assert exit_code(main, argv) == 2
+    stderr = capfd.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in stderr] == ["warning", "warning", "error"], stderr
+    assert [word for word in words if word not in stderr[-1]] == [], stderr
+
+
+def test_what_was_not_finite():
+    # red: _first_not_finite always says policy
+    work, good, bad = argparse.Namespace(groups=[0]), torch.tensor([1.0, 1.0]), torch.tensor([float("nan"), 1.0])
+    for names, word in ((("rewards/chosen", "kl/chosen"), "reference"), ((), "loss"), (("logps/chosen",), "policy")):
+        sums = {name: good for name in ("rewards/chosen", "logps/chosen", "kl/chosen")}
+        sums |= {"loss": bad} | {name: bad for name in names}
+        found = rundir._first_not_finite(0, [work], [sums], [Weighted([1], [[2]], 1.0)])
+        assert found.startswith(f"{word}, rank 0, examples 0, ")
 
 
 @pytest.mark.parametrize("script", [sft, align])
