@@ -27,13 +27,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
 )
 
 import checkpoint
 import config
 import fsdp
+import loading
 
 MARK = ".exported"
 SHARD = "5GB"  # the largest file of weights: hubs and caches take files of this size
@@ -175,8 +175,8 @@ def _export_offline(path: Path, out: Path, dtype: str | None) -> None:
     source = made["model"]
     _check_target(out, [source, made.get("reference")])
     kept = path.parent / "tokenizer"  # the run's own, with the tokens and the template it added
-    tokenizer = AutoTokenizer.from_pretrained(kept if kept.exists() else source)
-    settings = AutoConfig.from_pretrained(source)
+    tokenizer = loading.load_tokenizer(str(kept) if kept.exists() else source)
+    settings = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading.local(source))
     lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     for place in (source, kept):  # a model need not have one; the run's own knows where training ended turns
         with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ Left out: pickle weights.
 """
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any, Iterator
@@ -37,12 +38,33 @@ def one_line(path: str) -> Iterator[None]:
 
 
 def local(path: str) -> dict[str, bool]:
-    """A path that looks like a directory must be one; then the hub is not asked."""
+    """A path that looks like a directory must be one; then the hub is not asked. Raises ValueError where it
+    is not, or names what is not safetensors of its own: pickles, other directories' files, kernels."""
     if Path(path).exists():
+        for index in sorted(Path(path).glob("*.index.json")):
+            named = set(_json(index).get("weight_map", {}).values())
+            wrong = [name for name in map(str, named) if "/" in name or not name.endswith(".safetensors")]
+            if wrong:
+                raise ValueError(f"{index}: {min(wrong)} is not a safetensors file of this directory")
+        settings = _json(Path(path) / "config.json") if (Path(path) / "config.json").is_file() else {}
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+            if "/" in str(settings.get(key)):
+                raise ValueError(f"{path}/config.json: {key} {settings[key]} is code from the hub; delete it")
         return {"local_files_only": True}
     if path.count("/") > 1 or path.startswith((".", os.sep)):
         raise ValueError(f"{path}: no such model directory")
     return {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object in a file. Raises ValueError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must be one object")
+    return found
 
 
 def from_pretrained(

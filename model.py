@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -158,7 +159,7 @@ def check_twins(policy: LanguageModel, reference: LanguageModel) -> None:
 
 def add_value_head(model: LanguageModel, path: str, seed: int) -> None:
     """Give it a critic: D -> D -> D -> 1 with ReLUs, in fp32; its last layer starts at 0, so every value
-    does."""
+    does, or it is the one that lies beside the model. Raises ValueError if that is another one's."""
     size = model.head.weight.shape[1]
     torch.manual_seed(seed)
     model.value_head = nn.Sequential(
@@ -168,7 +169,14 @@ def add_value_head(model: LanguageModel, path: str, seed: int) -> None:
     nn.init.zeros_(model.value_head[-1].bias)
     saved = Path(path) / "value_head.safetensors"
     if saved.exists():
-        model.load_state_dict(load_file(saved), strict=False)
+        try:
+            given = {name.removeprefix("value_head."): value for name, value in load_file(saved).items()}
+            model.value_head.load_state_dict(given)
+        except (SafetensorError, RuntimeError) as error:  # of several lines, the second of them says what
+            lines = [*str(error).strip().splitlines(), ""]
+            what = (lines[1] or lines[0]).strip()
+            raise ValueError(f"{saved}: not this model's value head: {what}") from error
+        loading.refuse_not_finite(str(saved), model.value_head)
 
 
 def add_score(model: LanguageModel, path: str, padding_id: int) -> None:

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "config": set(),
     "rundir": {"checkpoint", "config", "fsdp", "signals"},
     "signals": set(),
-    "export": {"checkpoint", "config", "fsdp"},
+    "export": {"checkpoint", "config", "fsdp", "loading"},
     "parts": {"config"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
