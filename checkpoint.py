@@ -111,15 +111,25 @@ def save(
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
 
+    mine, files = {}, {}
+
     def write() -> None:
         dcp.save(_state(model, optimizer) | (extra or {}), checkpoint_id=str(beside))
+        # each rank reads its own file again, for rank 0 would take minutes over all of a large model's
+        own = sorted(beside.glob(f"__{fsdp.ranks()[0]}_*")) + [beside / ".metadata"] * leads
+        mine.update({path.name: [path.stat().st_size, _checksum(path)] for path in own})
 
     def publish() -> None:
         if leads:
-            _publish(beside, target, {"step": step, "args": args, "world_size": fsdp.ranks()[1]})
+            about = {"step": step, "args": args, "world_size": fsdp.ranks()[1], "files": files}
+            _publish(beside, target, about)
             _prune(Path(out), keep_last)
 
-    problem = _tried(begin, device) or _tried(write, device) or _tried(publish, device)
+    problem = _tried(begin, device) or _tried(write, device)
+    if not problem:
+        for said in fsdp.gathered(json.dumps(mine)):
+            files |= json.loads(said)
+        problem = _tried(publish, device)
     if problem:
         shutil.rmtree(beside, ignore_errors=True)  # on every rank: --out may be on a disk of its own
     fsdp.barrier()
@@ -147,8 +157,7 @@ def _publish(beside: Path, target: Path, about: dict[str, Any]) -> None:
     missing = [name for name in sorted(named) if not becomes((beside / name).exists)]
     if missing:
         raise ValueError(f"{missing[0]} is not there: is {target.parent} a disk that all nodes share?")
-    files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(beside.iterdir())}
-    record = {"format": FORMAT, **about, "files": files}
+    record = {"format": FORMAT, **about}
     with open(beside / "trainer.json", "w", encoding="utf-8") as file:
         json.dump(record | {"checksum": _record_checksum(record)}, file, indent=1)
         file.flush()

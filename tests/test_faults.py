@@ -115,6 +115,15 @@ def not_finite_on_one(out, lm):
     return [said, json.loads((out / "status.json").read_text())]
 
 
+def own_file(out, lm):
+    """The files that this rank reads for the record of a checkpoint."""
+    read, real = [], checkpoint._checksum
+    checkpoint._checksum = lambda path: read.append(path.name) or real(path)
+    problem = checkpoint.save(out, 3, *lm, {}, 2)
+    checkpoint._checksum = real
+    return [problem, sorted(read), checkpoint._damage(out / "step-3")]
+
+
 class Weighted(NamedTuple):
     prompt: list
     completions: list
@@ -122,7 +131,7 @@ class Weighted(NamedTuple):
 
 
 SCENARIOS = [slow_rank, own_disk, other_checkpoint, blind, shared, lost_file, full_disk, diverged]
-SCENARIOS += [full_disk_of_rank_zero, not_finite_on_one]
+SCENARIOS += [full_disk_of_rank_zero, not_finite_on_one, own_file]
 
 
 def resumed(out, choice, lm):
@@ -252,6 +261,13 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(pair):
         assert skipped and said["skipped"] == 1 and said["state"] == "running"
         assert "(policy, rank 1, examples 5, sha256 of their ids " in said["reason"]
     assert stderr.count("warning: step 0 skipped, 1 of at most 1: ") == 1
+
+
+def test_each_rank_reads_its_own_file_for_the_record(pair):
+    # red: rank 0 reads all; the files not gathered
+    _, zero, one, _ = pair
+    assert zero["own_file"] == ["", [".metadata", "__0_0.distcp"], ""]
+    assert one["own_file"] == ["", ["__1_0.distcp"], ""]
 
 
 # ---- one process
