@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
-EVERYTHING |= {"generation", "loading", "progress", "rundir", "signals", "store", "values", "vocab"}
+EVERYTHING |= {"generation", "loading", "lora", "progress", "rundir", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "config": set(),
     "rundir": {"checkpoint", "config", "fsdp", "signals"},
     "signals": set(),
-    "export": {"checkpoint", "config", "fsdp"},
+    "lora": {"config", "files", "fsdp", "model", "vocab"},
+    "export": {"checkpoint", "config", "fsdp", "lora"},
     "parts": {"config"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
