@@ -14,10 +14,10 @@ quantised bases, a reference that is updated.
 """
 
 import argparse
-import contextlib
+import json
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -39,10 +39,10 @@ SETTINGS = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out",
 )  # fmt: skip
-# What may be there too: it says nothing of how they compute, or is read elsewhere.
+# What may be there too: it says nothing of how they compute, or is looked at elsewhere.
 BESIDE = (
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "lora_dropout", "modules_to_save", "init_lora_weights",
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "lora_dropout", "modules_to_save",
 )  # fmt: skip
 
 
@@ -284,22 +284,25 @@ def _read(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise ValueError(f"--lora-from {folder}: no {name}")
     try:
-        made = _peft().PeftConfig.from_pretrained(str(folder))
+        told = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
         tensors = load_file(folder / FILES[1])
-    except (TypeError, KeyError, AttributeError, SafetensorError, OSError) as error:
+        kept = {key: told[key] for key in SETTINGS if key in told}
+        made = _peft().LoraConfig(**kept, base_model_name_or_path=args.model)
+    except (TypeError, KeyError, ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"--lora-from {folder}: {str(error).splitlines()[0]}") from error
-    if not isinstance(made, _peft().LoraConfig):
-        raise ValueError(f"--lora-from {folder}: adapters of type {made.peft_type.value}, not LORA")
-    plain = _peft().LoraConfig().to_dict()
-    other = [k for k, value in made.to_dict().items() if k not in SETTINGS + BESIDE and value != plain[k]]
-    other += [] if set(made.modules_to_save or ()) <= {"score", "classifier"} else ["modules_to_save"]
+    plain = _peft().LoraConfig().to_dict() | {"peft_type": "LORA"}
+    free = {"init_lora_weights": "gaussian"}  # others of it change the base
+    other = [
+        key for key, value in told.items()
+        if key not in SETTINGS + BESIDE and value not in (plain.get(key), free.get(key), None, False, {}, [])
+    ]  # fmt: skip
+    other += ["modules_to_save"] * (not set(told.get("modules_to_save") or ()) <= {"score", "classifier"})
     if other:
-        raise ValueError(f"--lora-from {folder}: {FILES[0]} sets {other[0]}, which is not supported")
-    base = made.base_model_name_or_path
+        said = f"{other[0]} = {json.dumps(told[other[0]])[:40]}"
+        raise ValueError(f"--lora-from {folder}: {FILES[0]} sets {said}, which is not supported")
+    base = told.get("base_model_name_or_path")
     if base and Path(base).exists() and model.fingerprint(base) != model.fingerprint(args.model):
         raise ValueError(f"--lora-from {folder} was made on {base}, which is another model than --model")
-    made = _peft().LoraConfig(**{key: getattr(made, key) for key in SETTINGS})
-    made.base_model_name_or_path = args.model
     return made, {_inside(name): value for name, value in tensors.items()}
 
 
@@ -335,9 +338,12 @@ def record(policy: model.LanguageModel, args: argparse.Namespace) -> dict[str, A
     """What a checkpoint's record says of a run's models: their digests, and the settings of adapters, from
     which an export rebuilds them."""
     plain = argparse.Namespace(**vars(args))
-    if wanted(args) and getattr(args, "reference", None) in ("base", "start"):
-        plain.reference = None
+    alike = shared(args) if "reference" in vars(args) else None
+    if alike is not None:
+        del plain.reference
     found: dict[str, Any] = model.digests(plain)
+    if alike is not None:
+        found["reference"] = "start" if alike else "base"  # of --model and --lora-from, which have digests
     if args.lora_from:
         found["lora_from_digest"] = files.fingerprint(Path(args.lora_from) / name for name in FILES)
     if made := settings(policy):
@@ -352,7 +358,7 @@ def _plain(value: Any) -> Any:
 
 def settings(policy: model.LanguageModel) -> Any:
     """peft's LoraConfig of a model's adapters; None if it has none."""
-    return policy.lm.peft_config[TRAINED] if layers(policy) else None
+    return getattr(policy.lm, "peft_config", {}).get(TRAINED)
 
 
 def rebuilt(made: dict[str, Any]) -> Any:

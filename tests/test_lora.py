@@ -207,6 +207,15 @@ def test_every_kind_of_run_trains_adapters_alone_and_exports_them_both_ways(root
         assert load_file(out / "final" / "value_head.safetensors").keys() == {
             key for key in saved if ".lora_" not in key
         }
+    if name == "bradley_terry":  # its score goes on too, and is named as peft names it
+        assert json.loads((out / "adapter" / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
+        losses = []
+        for start in (["--lora-from", out / "adapter"], ["--model", out / "final"]):
+            argv = flags(root, tmp_path / "next", "--loss", name, "--dtype", "float32", *start, steps=1)
+            assert exit_code(align.main, argv) is None
+            losses += [rows_of(tmp_path / "next")[0]["loss"]]
+            shutil.rmtree(tmp_path / "next")
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5) and abs(losses[0] - 0.6931) > 1e-3
     AutoTokenizer.from_pretrained(out / "adapter")
 
 
@@ -226,6 +235,22 @@ def test_going_on_from_adapters_against_their_start_or_their_base(root, dpo, tmp
     argv[1] = str(dpo / "final")
     assert exit_code(align.main, argv) is None
     assert rows_of(tmp_path / "whole")[0]["loss"] == pytest.approx(found["base"][0]["loss"], abs=1e-5)
+
+
+def test_a_run_goes_on_against_its_own_reference_and_adapters_alone(root, dpo, tmp_path, capfd):
+    # red: `record` with the reference as it was given; without lora_from_digest
+    shutil.copytree(dpo / "adapter", tmp_path / "adapter")
+    more = ["--lora-from", tmp_path / "adapter", "--save-every", 1]
+    assert exit_code(align.main, flags(root, tmp_path / "run", *more)) is None
+    shutil.rmtree(tmp_path / "run" / "final")
+    more += ["--resume", "auto"]
+    assert exit_code(align.main, flags(root, tmp_path / "run", *more, "--reference", "base", steps=3)) == 2
+    assert "was made with --reference start, this run has --reference base" in capfd.readouterr().err
+    assert exit_code(align.main, flags(root, tmp_path / "run", *more, "--reference", "start", steps=3)) is None
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.copy(tmp_path / "run" / "adapter" / "adapter_model.safetensors", tmp_path / "adapter")
+    assert exit_code(align.main, flags(root, tmp_path / "run", *more, steps=4)) == 2
+    assert "made from another --lora-from than there is now" in capfd.readouterr().err
 
 
 def test_nothing_is_dropped_out_where_no_gradient_is_taken(root, dpo, tmp_path):
@@ -253,7 +278,7 @@ REFUSED = {  # flags, and what the line must say
     "no adapters": (["--lora-from", "{dpo}/final"], "final: no adapter_config.json"),
     "adapters as model": (["--model", "{dpo}/adapter"], "adapter holds adapters (--model its base"),
     "other base": (["--lora-from", "{dpo}/adapter", "--model", "{dpo}/final"], "another model than --model"),
-    "dora": (["--lora-from", "{dpo}/dora"], "sets use_dora, which is not supported"),
+    "dora": (["--lora-from", "{dpo}/dora"], "sets use_dora = true, which is not supported"),
     "shapes": (["--lora-from", "{dpo}/wide"], "28 tensors are missing or of another shape"),
 }
 
