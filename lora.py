@@ -14,6 +14,7 @@ quantised bases, a reference that is updated.
 """
 
 import argparse
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -33,6 +34,7 @@ import model
 import vocab
 
 TRAINED, START = "default", "start"  # peft's names of the adapters: of those trained, and their frozen start
+MISSING = "adapters need peft (pip install peft)"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What an adapter's settings may say: peft injects accordingly, and a merge follows its layers.
 SETTINGS = (
@@ -83,6 +85,8 @@ def resolve(args: argparse.Namespace) -> None:
         if reference in ("base", "start") and not Path(reference).exists():
             config.fail(f"--reference {reference} needs --lora-rank or --lora-from")
         return
+    if importlib.util.find_spec("peft") is None:
+        config.fail(MISSING)
     if args.weights == "random":
         config.fail("--lora-rank needs --weights pretrained", right="an adapter without its base is nothing")
     if getattr(args, "sync_reference_every", 0):
@@ -187,7 +191,7 @@ def add(
         _copy_start(lm, made)
     policy.requires_grad_(False)
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(f".{TRAINED}." in name)
+        parameter.requires_grad_(".lora_" in name and f".{TRAINED}." in name)
     for head in policy.fp32_modules:
         head.requires_grad_(True)
     torch.manual_seed(args.seed + 1 + fsdp.ranks()[0])  # every rank drops out others
@@ -211,7 +215,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise ValueError("--lora-rank takes peft (pip install peft)") from None
+        raise ValueError(MISSING) from None
     return peft
 
 

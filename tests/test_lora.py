@@ -269,6 +269,7 @@ REFUSED = {  # flags, and what the line must say
     "embedding": (["--lora-rank", "4", "--lora-targets", "embed_tokens"], "no linear layer of the body"),
     "norm": (["--lora-rank", "4", "--lora-targets", "q_proj,norm"], "norm: model.norm is no linear layer"),
     "typo": (["--lora-rank", "4", "--lora-targets", "q_prj"], "q_prj: no module of that name (there are down_proj"),
+    "no peft": (["--lora-rank", "4"], "adapters need peft (pip install peft)"),
     "no rank": (["--lora-alpha", "4"], "--lora-alpha needs --lora-rank"),
     "reference": (["--reference", "start"], "--reference start needs --lora-rank"),
     "random": (["--lora-rank", "4", "--weights", "random"], "--lora-rank needs --weights pretrained"),
@@ -284,13 +285,15 @@ REFUSED = {  # flags, and what the line must say
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_go_with_adapters_is_one_line(root, dpo, name, tmp_path, capfd):
+def test_what_does_not_go_with_adapters_is_one_line(root, dpo, name, tmp_path, capfd, monkeypatch):
     # red: each check left out
     for which, change in (("dora", {"use_dora": True}), ("wide", {"r": 8})):
         if name in (which, "shapes") and not (dpo / which).exists():
             shutil.copytree(dpo / "adapter", dpo / which)
             path = dpo / which / "adapter_config.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if name == "no peft":
+        monkeypatch.setitem(sys.modules, "peft", None)
     given, said = REFUSED[name]
     argv = flags(root, tmp_path / "run", *[part.replace("{dpo}", str(dpo)) for part in given])
     capfd.readouterr()

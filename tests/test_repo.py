@@ -58,7 +58,7 @@ MAY_IMPORT = {
 CLASS_BASES = {"Sequence", "NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
 # formats: one function a row layout, losses: one a loss, and none needs another to be read
 # plot, preview: a sixth is the HTML and CSS of their pages
-BUDGET = {"align": 360, "encode": 340, "formats": 350, "losses": 330, "plot": 330, "preview": 340}
+BUDGET = {"align": 370, "encode": 340, "formats": 350, "losses": 330, "plot": 330, "preview": 340}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
