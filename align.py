@@ -9,7 +9,7 @@ fix before a step -> (B) the policy's hidden states, the head in chunks, the los
 -> clip -> AdamW -> log. The sum of the losses is divided by the number of pairs, responses or tokens of the
 whole step, so nothing depends on ranks, micro-batches or packing.
 
-Left out: LoRA, cached references.
+Left out: cached references.
 """
 
 import argparse
@@ -33,6 +33,7 @@ import export
 import fsdp
 import generation
 import loading
+import lora
 import losses
 import model
 import progress
@@ -52,7 +53,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = made.add_argument
     # fmt: off
     add("--model", required=True, help="policy to start from: a directory or a hub name")
-    add("--reference", default=None, help="frozen reference model; None: the policy's start")
+    add("--reference", default=None, help="frozen model; None: the policy's start; adapters: base, start")
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
     add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half")
     add("--eval-data", default=None, nargs="+", help="held-out rows; None: the test split of a named --data")
@@ -84,11 +85,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--sample-prompts", type=config.count_or_zero, default=0, help="held out, answered at evaluation")
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
+    lora.add_flags(made)
     config.add_run_flags(made)
     config.add_hyperparameters(made, LOSSES | HELPERS, "hyper-parameters of --loss, and what goes with it")
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
     args = config.parse(made, argv)
     resolve(args)
+    lora.resolve(args)
     return args
 
 
@@ -226,10 +229,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_partners(objective, where, [example.prompt_key for example in evaluated])
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
-        policy = model.load(args.model, torch.float32, *options, reward_model=objective.scores)
+        masters = dtype if lora.wanted(args) else torch.float32
+        policy = model.load(args.model, masters, *options, reward_model=objective.scores)
         reference = None
-        same_weights = objective.has_reference and args.reference in (None, args.model)
-        if same_weights:
+        same_weights = objective.has_reference and lora.equal_at_start(args)
+        shared = lora.shared(args) if objective.has_reference else None
+        if shared is not None:
+            reference = lora.Reference(policy, shared)
+        elif same_weights:
             reference = model.copied(policy, dtype)
         elif objective.has_reference:
             reference = model.load(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
@@ -237,15 +244,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.sync_reference_every:
             model.check_twins(policy, reference)
         if objective.advantages is not None:
-            model.add_value_head(policy, args.model, args.seed)
+            model.add_value_head(policy, args.lora_from or args.model, args.seed)
         if objective.scores:
             tokenizer.pad_token_id = chat.padding_id(tokenizer)
             model.add_score(policy, args.model, tokenizer.pad_token_id)
+        if lora.wanted(args):
+            lora.add(policy, args, say, copy=bool(shared))
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
     model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
-    if reference is not None:
+    if reference is not None and shared is None:
         reference.requires_grad_(False)
         fsdp.shard(reference, reference.blocks, dtype, device)
     optimizer = torch.optim.AdamW(
@@ -260,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     units = objective.counts(train)  # (n,)
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
-    made = vars(args) | {"data_digest": train.digest} | model.digests(args)
+    made = vars(args) | {"data_digest": train.digest} | lora.record(policy, args)
     with config.user_errors():
         final_dtype = export.prepare(args)
         lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends
@@ -353,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.save_every:
             rundir.save(args, total, policy, optimizer, made, extra)
         with rundir.failing(args, rank, total):
-            export.export(policy, tokenizer, f"{args.out}/final", final_dtype)
+            export.export(policy, tokenizer, f"{args.out}/final", final_dtype, args.trust_remote_code)
         say(f"wrote {args.out}/final")
     rundir.write_status(args, rank, "done", total)
     fsdp.finish()

@@ -1,10 +1,10 @@
 """Checkpoints that are complete or absent: save, resume, prune, and a reader that runs no code.
 
-A checkpoint `step-N` holds every parameter, AdamW's state, the random state of each rank and `trainer.json`
-(step, arguments, a checksum of every file). It is written under another name and renamed when complete, so a
-kill at any moment leaves the one before. Its tensors go through torch.distributed.checkpoint, sharded, so any
-number of ranks reads it. Loading runs no code: the reader takes only the classes a tensor-only checkpoint
-needs.
+A checkpoint `step-N` holds every parameter that is trained, AdamW's state, the random state of each rank and
+`trainer.json` (step, arguments, a checksum of every file). It is written under another name and renamed when
+complete, so a kill at any moment leaves the one before. Its tensors go through torch.distributed.checkpoint,
+sharded, so any number of ranks reads it. Loading runs no code: the reader takes only the classes a
+tensor-only checkpoint needs.
 
 Left out: asynchronous saves, object stores, optimisers other than AdamW.
 """
@@ -38,6 +38,7 @@ DIGESTS = {
     "data": "other rows than --data has",
     "model": "another --model than there is",
     "reference": "another --reference than there is",
+    "lora_from": "another --lora-from than there is",
 }
 # What the metadata of tensors alone refers to.
 ALLOWED = {
@@ -184,8 +185,9 @@ def remove_leftovers(out: str | Path) -> None:
 
 
 def size(model: nn.Module, extra: dict[str, Any] | None = None) -> int:
-    """Bytes of a checkpoint, all ranks together: parameters, AdamW's two moments, and what `extra` holds."""
-    parameters = [*model.parameters(), *(p for p in model.parameters() if p.requires_grad for _ in "mv")]
+    """Bytes of a checkpoint, all ranks together: what is trained, AdamW's two moments, and what `extra`
+    holds."""
+    parameters = [p for p in model.parameters() if p.requires_grad for _ in "pmv"]
     for value in (extra or {}).values():
         parameters += value.values() if isinstance(value, dict) else [value]
     return sum(value.numel() * value.element_size() for value in parameters)
@@ -264,7 +266,7 @@ def resume(
     _read(path, state)
     for name, value in state.items():
         if name.startswith("rng_"):
-            torch.set_rng_state(value)
+            torch.cuda.set_rng_state(value) if name.endswith("_cuda") else torch.set_rng_state(value)
     if choice != "auto" and fsdp.ranks()[0] == 0:
         for newer in sorted((p for p in _steps(Path(out)) if _number(p) > record["step"]), key=_number):
             _warn(f"{newer} is newer than {choice}, which was asked for; it is {_put_aside(newer).name} now")
@@ -375,12 +377,11 @@ def _record_checksum(record: dict[str, Any]) -> int:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
-    """Tensors only. AdamW's state is made here where no step has been taken, as its first step would make
-    it."""
+    """Tensors only, of what is trained. AdamW's state is made here where no step has been taken, as its
+    first step would make it."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     moments = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trained.items():
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -388,7 +389,10 @@ def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         moments |= {f"{name}.{key}": value for key, value in state.items()}
     rank = fsdp.ranks()[0]
-    return {"model": dict(model.named_parameters()), "optim": moments, f"rng_{rank}": torch.get_rng_state()}
+    random = {f"rng_{rank}": torch.get_rng_state()}
+    if next(model.parameters()).is_cuda:
+        random[f"rng_{rank}_cuda"] = torch.cuda.get_rng_state()
+    return {"model": trained, "optim": moments, **random}
 
 
 def _checksum(path: Path) -> int:

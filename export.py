@@ -4,7 +4,8 @@
 
 The directory holds config.json, safetensors, generation settings and the tokenizer, nothing of ours but a
 small file, `.exported`, that tells a later export that it may replace the directory. It is written under
-another name and renamed when complete.
+another name and renamed when complete. A run with --lora-rank has its adapters merged into final/, and as
+peft stores them in adapter/; from a checkpoint they go to OUT and OUT-adapter.
 
 Left out: models that do not fit into the memory of rank 0, other formats.
 """
@@ -16,7 +17,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +35,7 @@ import checkpoint
 import config
 import fsdp
 import loading
+import lora
 
 MARK = ".exported"
 SHARD = "5GB"  # the largest file of weights: hubs and caches take files of this size
@@ -42,7 +44,8 @@ SHARD = "5GB"  # the largest file of weights: hubs and caches take files of this
 def prepare(args: argparse.Namespace) -> torch.dtype:
     """The dtype of a run's final/: the one chosen, else bfloat16 if the model came so, else float32. Raises
     ValueError if final/ is there and may not be replaced."""
-    _check_target(Path(args.out) / "final", [args.model, getattr(args, "reference", None)])
+    for name in ("final", "adapter") if lora.wanted(args) else ("final",):
+        _check_target(Path(args.out) / name, [args.model, getattr(args, "reference", None), args.lora_from])
     return _dtype(args.final_dtype, args.model, args.trust_remote_code)
 
 
@@ -73,20 +76,32 @@ def export(
     tokenizer: Any,
     out: str | Path,
     dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> None:
     """A sharded LanguageModel as a Hugging Face directory, all ranks together; `from_pretrained` loads it.
 
     With a `score` head it is a sequence classifier; a value head goes beside it, value_head.safetensors.
+    Adapters are merged into their base as it lies on disk; by themselves they go to adapter/ beside it.
     Raises ValueError, on all ranks, if it cannot be written, `out` may not be replaced, or a weight is not
     finite.
     """
     device = next(model.parameters()).device
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)  # collective; empty on all ranks but 0
+    adapters = lora.settings(model)
+    if adapters is not None:
+        state = lora.gathered(model)  # collective; empty on all ranks but 0
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)  # the same
     problem = ""
     if fsdp.ranks()[0] == 0:
         try:
-            _write(model.lm, state, tokenizer, out, dtype)
+            lm = model.lm
+            if adapters is not None:
+                _write_adapters(adapters, state, tokenizer, Path(out).with_name("adapter"))
+                lm, state = lora.merged(adapters, state, trust_remote_code)
+                lm.generation_config = model.lm.generation_config
+                _give_score(lm, state, tokenizer)
+            _write(lm, state, tokenizer, out, dtype)
         except (OSError, ValueError, SafetensorError) as error:
             problem = f"{getattr(error, 'strerror', None) or error}"
             problem = problem if str(out) in problem else f"{out}: {problem}"
@@ -102,13 +117,6 @@ def _write(
     dtype: torch.dtype,
 ) -> None:
     """Save a LanguageModel's state dict under another name and rename it when complete."""
-    _check_target(out)
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{out}: not written, for a weight is not finite ({name.removeprefix('lm.')})")
-    out = Path(out).resolve()
-    beside, old = (out.with_name(f".{word}-{out.name}") for word in ("tmp", "removed"))
-    shutil.rmtree(beside, ignore_errors=True)
     # the skeleton sets its own attention, and a live model shares its config
     settings = copy.deepcopy(lm.config)
     kind = AutoModelForSequenceClassification if hasattr(lm, "score") else AutoModelForCausalLM
@@ -119,14 +127,49 @@ def _write(
     body = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
     named = _matched(lm, skeleton, body)
     values = {name: value for name, value in state.items() if name.startswith("value_head.")}
-    beside.mkdir(parents=True)
-    try:
-        (beside / MARK).write_text("written by export.py, which may replace this directory\n")
+    with _replacing(out, state) as beside:
         named = {name: v.to(dtype) if v.is_floating_point() else v for name, v in named.items()}
         skeleton.save_pretrained(beside, state_dict=named, max_shard_size=SHARD)
         if values:
             save_file(values, beside / "value_head.safetensors")
         save_tokenizer(tokenizer, beside)
+
+
+def _write_adapters(settings: Any, state: dict[str, Tensor], tokenizer: Any, out: str | Path) -> None:
+    """Save what is trained as peft does, a value head beside it."""
+    told, named = lora.as_peft(settings, state)
+    values = {name: value for name, value in state.items() if name.startswith("value_head.")}
+    with _replacing(out, state) as beside:
+        told.save_pretrained(beside)
+        save_file(named, beside / "adapter_model.safetensors", {"format": "pt"})
+        if values:
+            save_file(values, beside / "value_head.safetensors")
+        save_tokenizer(tokenizer, beside)
+
+
+def _give_score(lm: nn.Module, state: dict[str, Tensor], tokenizer: Any) -> None:
+    """Make a language model the classifier that a LanguageModel's state dict says it is."""
+    if "lm.score.weight" in state:
+        lm.score = nn.Linear(state["lm.score.weight"].shape[1], 1, bias=False)
+        lm.config.num_labels = 1
+        lm.config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextlib.contextmanager
+def _replacing(out: str | Path, state: dict[str, Tensor]) -> Iterator[Path]:
+    """A directory to write a state into under another name, which takes its place when complete. Raises
+    ValueError if `out` may not be replaced or a weight is not finite."""
+    _check_target(out)
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{out}: not written, for a weight is not finite ({name.removeprefix('lm.')})")
+    out = Path(out).resolve()
+    beside, old = (out.with_name(f".{word}-{out.name}") for word in ("tmp", "removed"))
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        (beside / MARK).write_text("written by export.py, which may replace this directory\n")
+        yield beside
         for path in beside.iterdir():  # safetensors lets nobody else read
             path.chmod((beside / MARK).stat().st_mode)
         shutil.rmtree(old, ignore_errors=True)
@@ -173,25 +216,35 @@ def _export_offline(path: Path, out: Path, dtype: str | None) -> None:
     state = checkpoint.read_model(path)
     made = checkpoint.read_record(path)["args"]
     source = made["model"]
-    _check_target(out, [source, made.get("reference")])
+    _check_target(out, [source, made.get("reference"), made.get("lora_from")])
     kept = path.parent / "tokenizer"  # the run's own, with the tokens and the template it added
     tokenizer = loading.load_tokenizer(str(kept) if kept.exists() else source)
-    settings = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading.local(source))
-    lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    if "adapter" in made:
+        with config.located(str(path)):
+            adapters = lora.rebuilt(made)
+        _write_adapters(adapters, state, tokenizer, out.with_name(f"{out.name}-adapter"))
+        lm, state = lora.merged(adapters, state)
+    else:
+        settings = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading.local(source))
+        lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        _as_saved(lm, state)
     for place in (source, kept):  # a model need not have one; the run's own knows where training ended turns
         with contextlib.suppress(OSError):
             lm.generation_config = GenerationConfig.from_pretrained(place)
+    _give_score(lm, state, tokenizer)
+    _write(lm, state, tokenizer, out, _dtype(dtype or made.get("final_dtype"), source))
+
+
+def _as_saved(lm: nn.Module, state: dict[str, Tensor]) -> None:
+    """The settings of a model that a state dict says otherwise of: how many rows, and whether its head is
+    its embedding."""
+    settings = lm.config
     embedding = lm.get_input_embeddings().weight
     name = next(name for name, parameter in lm.named_parameters() if parameter is embedding)
     settings.get_text_config().vocab_size = state[f"lm.{name}"].shape[0]  # it may have grown
     head = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
     if f"lm.{head}.weight" in state:
         settings.tie_word_embeddings = settings.get_text_config().tie_word_embeddings = False
-    if "lm.score.weight" in state:
-        lm.score = nn.Linear(state["lm.score.weight"].shape[1], 1, bias=False)
-        lm.config.num_labels = 1
-        lm.config.pad_token_id = tokenizer.pad_token_id
-    _write(lm, state, tokenizer, out, _dtype(dtype or made.get("final_dtype"), source))
 
 
 def main() -> None:

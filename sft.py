@@ -7,8 +7,6 @@ Trains on every assistant turn of a conversation, on the completion of a prompt,
 pair or a ranked list, or on plain text; with `--method csft` on all completions, each after a control token
 that says whether it is desirable, which sampling then asks for. The sum over tokens is divided by the number
 of trained tokens of the whole step.
-
-Left out: LoRA.
 """
 
 import argparse
@@ -33,6 +31,7 @@ import export
 import fsdp
 import generation
 import loading
+import lora
 import losses
 import model
 import progress
@@ -74,8 +73,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--sample-prompts", type=config.count_or_zero, default=0, help="held out, answered at evaluation")
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
+    lora.add_flags(made)
     config.add_run_flags(made)
     args = config.parse(made, argv)
+    lora.resolve(args)
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
     if args.max_prompt_length >= args.max_length:
         config.fail(
@@ -159,17 +160,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"chat template: {template.name}")
         if args.method == "csft":
             # those it has are not added again
-            tokenizer.add_tokens(list(chat.CONTROL_TOKENS), special_tokens=True)
+            lora.check_rows(args, tokenizer.add_tokens(list(chat.CONTROL_TOKENS), special_tokens=True))
         train = load_examples(args.data, "train", tokenizer, template, args, say)
         held_out = data.held_out(args.data, args.eval_data)
         evaluated = load_examples(held_out, "test", tokenizer, template, args, say) if held_out else []
         evaluated = arrays.subset(evaluated, args.eval_examples)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
+        masters = dtype if lora.wanted(args) else torch.float32
         policy = model.load(
-            args.model, torch.float32, *options, vocabulary=len(tokenizer) * (args.method == "csft")
+            args.model, masters, *options, vocabulary=len(tokenizer) * (args.method == "csft")
         )
         model.check_vocabulary(tokenizer, policy)
+        if lora.wanted(args):
+            lora.add(policy, args, say)
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
     model.stop_at(policy, generation.trained_stops(train, template))
     if args.method == "csft":
@@ -183,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = train.lengths  # (n,)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = args.epochs * steps_per_epoch if args.steps is None else args.steps
-    made = vars(args) | {"data_digest": train.digest} | model.digests(args)
+    made = vars(args) | {"data_digest": train.digest} | lora.record(policy, args)
     with config.user_errors():
         final_dtype = export.prepare(args)
         lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends
@@ -255,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.save_every:
             rundir.save(args, total, policy, optimizer, made)
         with rundir.failing(args, rank, total):
-            export.export(policy, tokenizer, f"{args.out}/final", final_dtype)
+            export.export(policy, tokenizer, f"{args.out}/final", final_dtype, args.trust_remote_code)
         say(f"wrote {args.out}/final")
     rundir.write_status(args, rank, "done", total)
     fsdp.finish()

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
-EVERYTHING |= {"frozen", "generation", "loading", "progress", "rundir", "signals", "store", "values", "vocab"}
+EVERYTHING |= {"frozen", "generation", "loading", "lora", "progress", "rundir", "signals", "store", "values"}
+EVERYTHING |= {"vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"frozen", "objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -46,7 +47,8 @@ MAY_IMPORT = {
     "config": set(),
     "rundir": {"checkpoint", "config", "fsdp", "signals"},
     "signals": set(),
-    "export": {"checkpoint", "config", "fsdp", "loading"},
+    "lora": {"config", "files", "fsdp", "model", "vocab"},
+    "export": {"checkpoint", "config", "fsdp", "loading", "lora"},
     "parts": {"config"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
@@ -58,7 +60,7 @@ MAY_IMPORT = {
 CLASS_BASES = {"Sequence", "NamedTuple", "Module", "Function", "FileSystemReader", "Unpickler"}
 # formats: one function a row layout, losses: one a loss, and none needs another to be read
 # plot, preview: a sixth is the HTML and CSS of their pages
-BUDGET = {"align": 360, "encode": 340, "formats": 350, "losses": 330, "plot": 330, "preview": 340}
+BUDGET = {"align": 370, "encode": 340, "formats": 350, "losses": 330, "plot": 330, "preview": 340}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
