@@ -24,18 +24,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
 )
 
 import checkpoint
 import config
 import fsdp
+import loading
 
 MARK = ".exported"
+DTYPES = ("float32", "bfloat16")
 SHARD = "5GB"  # the largest file of weights: hubs and caches take files of this size
 
 
@@ -63,7 +63,7 @@ def _check_target(out: str | Path, keep: Sequence[str | None] = ()) -> None:
 
 def _dtype(choice: str | None, model: str, trust_remote_code: bool = False) -> torch.dtype:
     if choice is None:
-        came = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).dtype
+        came = loading.settings(model, trust_remote_code).dtype
         return torch.bfloat16 if came == torch.bfloat16 else torch.float32
     return getattr(torch, choice)
 
@@ -168,44 +168,48 @@ def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> di
     return {name: value for name, value in state.items() if name in kept}
 
 
-def _export_offline(path: Path, out: Path, dtype: str | None) -> None:
+def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = False) -> None:
     """The same from a checkpoint on disk, in one process."""
     state = checkpoint.read_model(path)
     made = checkpoint.read_record(path)["args"]
-    source = made["model"]
+    source = made.get("model")
+    if not isinstance(source, str) or not source:
+        raise ValueError(f"{path}: its record names no model")
     _check_target(out, [source, made.get("reference")])
     kept = path.parent / "tokenizer"  # the run's own, with the tokens and the template it added
-    tokenizer = AutoTokenizer.from_pretrained(kept if kept.exists() else source)
-    settings = AutoConfig.from_pretrained(source)
-    lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    for place in (source, kept):  # a model need not have one; the run's own knows where training ended turns
-        with contextlib.suppress(OSError):
-            lm.generation_config = GenerationConfig.from_pretrained(place)
-    embedding = lm.get_input_embeddings().weight
-    name = next(name for name, parameter in lm.named_parameters() if parameter is embedding)
-    settings.get_text_config().vocab_size = state[f"lm.{name}"].shape[0]  # it may have grown
-    head = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
-    if f"lm.{head}.weight" in state:
-        settings.tie_word_embeddings = settings.get_text_config().tie_word_embeddings = False
-    if "lm.score.weight" in state:
-        lm.score = nn.Linear(state["lm.score.weight"].shape[1], 1, bias=False)
-        lm.config.num_labels = 1
-        lm.config.pad_token_id = tokenizer.pad_token_id
-    _write(lm, state, tokenizer, out, _dtype(dtype or made.get("final_dtype"), source))
+    tokenizer = loading.load_tokenizer(str(kept) if kept.exists() else source, trust)
+    settings = loading.settings(source, trust)
+    with loading.one_line(str(path)):
+        lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=trust)
+        for place in (source, kept):  # the run's own, if there, knows where training ended turns
+            with contextlib.suppress(OSError):
+                lm.generation_config = GenerationConfig.from_pretrained(place)
+        embedding = lm.get_input_embeddings().weight
+        name = next(name for name, parameter in lm.named_parameters() if parameter is embedding)
+        settings.get_text_config().vocab_size = state[f"lm.{name}"].shape[0]  # it may have grown
+        head = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
+        if f"lm.{head}.weight" in state:
+            settings.tie_word_embeddings = settings.get_text_config().tie_word_embeddings = False
+        if "lm.score.weight" in state:
+            lm.score = nn.Linear(state["lm.score.weight"].shape[1], 1, bias=False)
+            lm.config.num_labels = 1
+            lm.config.pad_token_id = tokenizer.pad_token_id
+    chosen = dtype or made.get("final_dtype")
+    _write(lm, state, tokenizer, out, _dtype(chosen if chosen in DTYPES else None, source, trust))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     made = config.parser(__doc__.splitlines()[0])
     made.usage = "%(prog)s RUN/step-N OUT [flags]"
     made.add_argument("step", type=config.text, help="a checkpoint, RUN/step-N")
     made.add_argument("out", type=config.directory, help="the directory to write")
-    made.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default=None, help="None: as the run would have"
-    )
-    args = made.parse_args(sys.argv[1:])
+    made.add_argument("--dtype", choices=DTYPES, default=None, help="None: as the run would have")
+    # not what the checkpoint's record says: that may come from anybody
+    made.add_argument("--trust-remote-code", type=config.boolean, default=False, metavar="true|false")
+    args = made.parse_args(sys.argv[1:] if argv is None else argv)
     with config.user_errors():
-        _export_offline(Path(args.step), Path(args.out), args.dtype)
-    print(f"wrote {args.out}")
+        _export_offline(Path(args.step), Path(args.out), args.dtype, args.trust_remote_code)
+    config.tell(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
-EVERYTHING |= {"generation", "loading", "progress", "rundir", "signals", "store", "values", "vocab"}
+EVERYTHING |= {"generation", "loading", "metadata", "preflight", "progress", "rundir", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -38,15 +38,17 @@ MAY_IMPORT = {
     "store": {"arrays", "chat", "data", "encode", "files", "formats", "progress", "ranking", "values"},
     "batch": {"encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
-    "loading": set(),
+    "loading": {"files"},
+    "preflight": {"arrays", "batch", "config", "fsdp", "loading", "model", "rundir", "trackers"},
     "model": {"attention", "files", "loading", "vocab"},
     "fsdp": set(),
-    "checkpoint": {"fsdp"},
-    "config": set(),
-    "rundir": {"checkpoint", "config", "fsdp", "signals"},
+    "checkpoint": {"files", "fsdp", "metadata"},
+    "metadata": set(),
+    "config": {"files"},
+    "rundir": {"checkpoint", "config", "files", "fsdp", "signals"},
     "signals": set(),
-    "export": {"checkpoint", "config", "fsdp"},
-    "parts": {"config"},
+    "export": {"checkpoint", "config", "fsdp", "loading"},
+    "parts": {"config", "files"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
     "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "loading", "parts", "progress"},
