@@ -274,12 +274,13 @@ def _classifier(args: argparse.Namespace) -> Scorer:
 
 
 def _load_classifier(args: argparse.Namespace) -> Any:
-    loading.check(args.by)
+    loading.check(args.by, "random")  # the files of its weights follow: a language model is told so first
     settings = loading.settings(args.by, args.trust_remote_code)
     with loading.one_line(args.by):
         kinds = [*(settings.architectures or []), *(getattr(settings, "auto_map", None) or {})]
         if kinds and not any("SequenceClassification" in kind for kind in kinds):
             raise ValueError(f"not a classifier but {kinds[0]}: {RANDOM}")
+        loading.check(args.by)
         classifier, report = AutoModelForSequenceClassification.from_pretrained(
             args.by,
             config=settings,

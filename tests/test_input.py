@@ -14,9 +14,8 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
 import sys
-import time
+import zlib
 
 import pytest
 from conftest import ROOT
@@ -26,7 +25,6 @@ from test_config import command, exit_code, tree, write_model
 import align
 import chat
 import export
-import files
 import judge
 import label
 import loading
@@ -392,7 +390,7 @@ def metadata(content):
         raw = content if isinstance(content, bytes) else pickle.dumps(content)
         (run / "step-1" / ".metadata").write_bytes(raw)
         told = json.loads((run / "step-1" / "trainer.json").read_text())
-        told["files"][".metadata"] = [len(raw), __import__("zlib").crc32(raw)]
+        told["files"][".metadata"] = [len(raw), zlib.crc32(raw)]
         (run / "step-1" / "trainer.json").write_text(json.dumps(told))
 
     return change
@@ -481,7 +479,10 @@ def test_every_reader_of_models_refuses(case, place, refused):
     shutil.copytree(place / "model", place / "good")
     change(place / "model")
     refused("sample", ["--model", "model", "--data", "pairs.jsonl", "--out", "o.jsonl"], place, *words)
-    refused("label", ["--data", "pairs.jsonl", "--by", "model", "--out", "o.jsonl"], place, *words)
+    shutil.copytree(place / "model", place / "rm")
+    if not case.startswith("config"):
+        edit("config.json", architectures=["LlamaForSequenceClassification"])(place / "rm")
+    refused("label", ["--data", "pairs.jsonl", "--by", "rm", "--out", "o.jsonl"], place, *words)
     refused(*train(script="sft"), place, *words)
     refused(*train("--model", "good", "--reference", "model"), place, *words)
 
