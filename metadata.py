@@ -64,11 +64,10 @@ def unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = str(error).splitlines()[:1]
-        if isinstance(error, ValueError) and said and str(path) in said[0]:
-            raise
-        what = ": ".join([type(error).__name__, *said])[:200]
-        raise ValueError(f"{path}: unreadable metadata ({what})") from error
+        said = " ".join(str(error).split())[:300]  # a name in a pickle may hold line breaks
+        if isinstance(error, ValueError) and str(path) in said:
+            raise ValueError(said) from error
+        raise ValueError(f"{path}: unreadable metadata ({type(error).__name__}: {said})") from error
 
 
 def read(path: Path) -> Metadata:
