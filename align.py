@@ -36,6 +36,7 @@ import loading
 import lora
 import losses
 import model
+import preflight
 import progress
 import ranking
 import rundir
@@ -209,12 +210,11 @@ def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    rundir.check_run(args)
+    preflight.begin(args)
     with config.user_errors():
-        trackers.check(args.log_to)
         objective = make_objective(args)
         rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
-        say = print if rank == 0 else lambda *parts, **options: None
+        say = config.tell if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template.name}")
@@ -227,6 +227,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluated = arrays.subset(evaluated, args.eval_examples)
             where = f"{' '.join(held_out)} at --eval-examples {args.eval_examples}"
             check_partners(objective, where, [example.prompt_key for example in evaluated])
+        units, unit, how = objective.counts(train), objective.batch_unit, objective.pairs or "best-worst"
+        preflight.tell_long(units, args.batch_size, unit, say)
+        if args.check:
+            return preflight.report(args, tokenizer, train, evaluated, units, say)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         masters = dtype if lora.wanted(args) else torch.float32
@@ -266,7 +270,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra["reference"] = dict(reference.named_parameters())
 
     lengths = train.lengths  # (n,)
-    units = objective.counts(train)  # (n,)
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * args.ppo_epochs if args.steps is None else args.steps
     made = vars(args) | {"data_digest": train.digest} | lora.record(policy, args)
@@ -280,10 +283,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with rundir.failing(args, rank, start):
         if rank == 0:
             export.save_tokenizer(tokenizer, f"{args.out}/tokenizer", policy.lm.generation_config)
-    unit, how = objective.batch_unit, objective.pairs or "best-worst"
-    long = units[units > args.batch_size]  # of lists, which are not split
-    if len(long):
-        say(f"{len(long)} of {len(units)} lists have up to {long.max()} {unit}: a step with one is as large")
     say(f"start at step {start} of {total}: {args.loss}, {units.sum()} {unit}, {world_size} ranks")
 
     trackers.start(args, rank, start)

@@ -8,11 +8,14 @@
 Nothing here knows an Example: encode.py does.
 """
 
+import contextlib
 import functools
 import os
 import re
+import signal
+import threading
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 Turn = dict[str, Any]
 # For tokenizers without a chat template: the form of Anthropic's HH dialogues, which DPO's authors trained
@@ -35,6 +38,7 @@ WITHIN = "think|tool|reason"  # in the names of special tokens that stand within
 NO_CALLS = "the chat template does not write tool_calls"
 WORD = "zqmark"  # stands for a content, where the template may change its letters
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a turn beside its content
+SECONDS = 10  # that a template may take to write a conversation
 MARGIN = 64  # tokens beyond a cut that are tokenised all the same: what the cut changes is among them
 
 
@@ -168,10 +172,31 @@ def render(
         turns = _merged(turns)
     options = {"add_generation_prompt": generation, "chat_template": template.text, **(rendering or {})}
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        with _soon():
+            return tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except Exception as error:  # jinja's own, and whatever a template raises for turns it does not like
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"chat template ({template.name}): {cause}") from error
+
+
+@contextlib.contextmanager
+def _soon() -> Iterator[None]:
+    """A template is a program, and need not end: what takes longer than SECONDS is a TimeoutError. Signals
+    reach the main thread alone; in another one there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"does not end within {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _merged(turns: list[Turn]) -> list[Turn]:

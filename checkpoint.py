@@ -11,25 +11,24 @@ Left out: asynchronous saves, object stores, optimisers other than AdamW.
 
 import contextlib
 import json
+import math
 import os
-import pickle
 import re
 import shutil
 import sys
 import time
 import zlib
-from enum import EnumType
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+import files
 import fsdp
+import metadata
 
 FORMAT = 1
 NONE, REFUSED = -1, -2  # what rank 0 says instead of a step
@@ -40,51 +39,6 @@ DIGESTS = {
     "reference": "another --reference than there is",
     "lora_from": "another --lora-from than there is",
 }
-# What the metadata of tensors alone refers to.
-ALLOWED = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-        "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "torch": ("Size", "float32", "float64", "bfloat16", "float16", "uint8", "int32", "int64"),
-    "pathlib": ("PosixPath",),
-}  # fmt: skip
-
-
-class SafeReader(FileSystemReader):
-    """A FileSystemReader whose metadata cannot run code and holds tensors only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = self._get_metadata_path(kwargs.get("rank"))
-
-        class Unpickler(pickle.Unpickler):
-            def find_class(self, module: str, name: str) -> Any:
-                if (module, name) == ("builtins", "getattr"):
-                    return _member  # Python before 3.11.4 writes the members of an enumeration so
-                if name not in ALLOWED.get(module, ()):
-                    raise ValueError(
-                        f"{path}: checkpoint metadata refers to {module}.{name}; refusing to load it"
-                    )
-                return super().find_class(module, name)
-
-        with open(path, "rb") as file:
-            metadata = Unpickler(file).load()
-        for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise ValueError(f"{path}: entry {name} is not a tensor; refusing to load it")
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def _member(enumeration: Any, name: str) -> Any:
-    """The member of an enumeration; for anything else a ValueError."""
-    if not isinstance(enumeration, EnumType) or name not in enumeration.__members__:
-        raise ValueError(f"checkpoint metadata asks for {name!r} of {enumeration!r}; refusing to load it")
-    return enumeration[name]
-
-
 def save(
     out: str | Path,
     step: int,
@@ -154,7 +108,7 @@ def _tried(work: Callable[[], None], device: torch.device) -> str:
 def _publish(beside: Path, target: Path, about: dict[str, Any]) -> None:
     """Give a written checkpoint its record and its name. Raises ValueError if files of it are not here: a
     rank wrote them to a disk of its own."""
-    named = {info.relative_path for info in _metadata(beside).storage_data.values()}
+    named = {info.relative_path for info in metadata.read(beside).storage_data.values()}
     missing = [name for name in sorted(named) if not becomes((beside / name).exists)]
     if missing:
         raise ValueError(f"{missing[0]} is not there: is {target.parent} a disk that all nodes share?")
@@ -287,19 +241,11 @@ def _compare(path: Path, made: dict[str, Any], now: dict[str, Any], free: Sequen
             raise ValueError(f"{path} was made with {flag} {then}, this run has {flag} {wanted}")
 
 
-def _metadata(path: Path) -> Metadata:
-    """What a checkpoint holds. Raises ValueError for anything but tensors."""
-    try:
-        return SafeReader(str(path)).read_metadata()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: unreadable metadata ({type(error).__name__}: {error})") from error
-
-
 def _read(path: Path, state: dict[str, Any], **options: Any) -> None:
     """Fill a state from a checkpoint. Raises ValueError for anything but tensors of its names and shapes."""
-    _metadata(path)  # by itself first: within dcp.load its refusal would be wrapped
+    metadata.read(path)  # by itself first: within dcp.load its refusal would be wrapped
     try:
-        dcp.load(state, storage_reader=SafeReader(str(path)), **options)
+        dcp.load(state, storage_reader=metadata.SafeReader(str(path)), **options)
     except CheckpointException as error:  # a BaseException
         cause = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise ValueError(f"{path}: does not fit this model: {cause}") from error
@@ -311,9 +257,13 @@ def read_model(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no complete checkpoint")
     if problem := _damage(path):
         raise ValueError(f"{path}: {problem}")
-    saved = _metadata(path).state_dict_metadata
+    saved = metadata.read(path).state_dict_metadata
     shapes = {name.removeprefix("model."): it.size for name, it in saved.items() if name.startswith("model.")}
-    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    with metadata.unreadable(path):
+        numbers, room = sum(map(math.prod, shapes.values())), sum(f.stat().st_size for f in path.iterdir())
+        if numbers > room:  # memory would be taken for them
+            raise ValueError(f"{path}: its metadata has {numbers} numbers, its files {room} bytes")
+        state = {name: torch.empty(shape) for name, shape in shapes.items()}
     _read(path, {"model": state}, no_dist=True)
     return state
 
@@ -360,13 +310,20 @@ def _choose(out: Path, choice: str) -> int:
 
 def read_record(path: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint. Raises ValueError if it is not one, or of a newer format."""
-    record = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-    if not isinstance(record, dict) or not {"format", "step", "args", "files", "world_size"} <= set(record):
-        raise ValueError("not a checkpoint's record")
+    record = files.read_json(path / "trainer.json")
+    kinds = {"format": int, "step": int, "world_size": int, "args": dict, "files": dict}
+    wrong = [key for key, kind in kinds.items() if type(record.get(key)) is not kind]
+    if wrong:
+        raise ValueError(f'not a checkpoint\'s record: "{wrong[0]}" is missing or of a wrong type')
     if record["format"] > FORMAT:
         raise ValueError(f"format {record['format']}, this program reads <= {FORMAT}")
     if record.get("checksum", expected := _record_checksum(record)) != expected:  # older ones have none
         raise ValueError("it has changed since it was written")
+    if record["step"] != _number(path):
+        raise ValueError(f"the record of step {record['step']}")
+    for name, entry in record["files"].items():  # of this directory, and nothing outside it
+        if name != Path(name).name or not isinstance(entry, list) or list(map(type, entry)) != [int, int]:
+            raise ValueError(f"not a checkpoint's record: file {name[:80]!r}")
     return record
 
 
@@ -406,10 +363,10 @@ def _checksum(path: Path) -> int:
 def _damage(path: Path) -> str:
     """What is wrong with the files of a checkpoint, or an empty string."""
     try:
-        files = read_record(path)["files"]
+        named = read_record(path)["files"]
     except ValueError as error:
         return f"trainer.json: {error}"
-    for name, (size, checksum) in files.items():
+    for name, (size, checksum) in named.items():
         file = path / name
         if not file.exists():
             return f"{name} is missing"

@@ -19,6 +19,11 @@ import tomllib
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, Sequence
 
+import files
+
+MAX_CONFIG = 2**20  # bytes
+MAX_NUMBER = 1e30  # of a flag: fp32 ends at 3e38
+
 
 def fail(where: str, what: str = "", right: str = "") -> NoReturn:
     """One line on stderr, `error: where: what (right)`, and exit code 2. Rank 0 speaks; the others wait for
@@ -26,8 +31,16 @@ def fail(where: str, what: str = "", right: str = "") -> NoReturn:
     message = ": ".join(part for part in (where, what) if part) + (f" ({right})" if right else "")
     if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(5)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message.split())[:1000]}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def tell(*parts: Any) -> None:
+    """Print a line. A reader that has gone away, such as `head`, ends the printing and nothing else."""
+    try:
+        print(*parts, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -79,7 +92,7 @@ def _options(made: argparse.ArgumentParser) -> list[str]:
 def positive(text: str) -> float:
     value = number(text)
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
+        raise argparse.ArgumentTypeError(f"must be > 0, got {text[:40]}")
     return value
 
 
@@ -87,9 +100,11 @@ def number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be a number, got {text[:40]!r}") from None
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text[:40]}")
+    if value and not 1 / MAX_NUMBER <= abs(value) <= MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"must be 0 or between 1e-30 and 1e30, got {text[:40]}")
     return value
 
 
@@ -101,8 +116,8 @@ def not_negative(text: str) -> float:
 
 
 def count(text: str, least: int = 1) -> int:
-    if not re.fullmatch(r"-?\d+", text):
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    if not re.fullmatch(r"-?[0-9]{1,20}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text[:40]!r}")
     if not least <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(
             f"must be >= {least}" + " and < 2**31" * (int(text) > least) + f", got {text}"
@@ -185,11 +200,17 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", type=boolean, default=False, metavar="true|false")
 
 
+    check = "say what can be known without training, and end; only --token-cache is written"
+    group.add_argument(
+        "--check", type=boolean, nargs="?", const=True, default=False, metavar="true|false", help=check
+    )
+
+
 # What does not change what is trained: where and how often a run writes, and how it computes.
 HOW_FLAGS = (
     "out", "resume", "save_every", "keep_last", "final_dtype", "log_every", "log_to", "device", "token_cache",
     "timeout_minutes", "trust_remote_code", "strict_data", "tokens_per_microbatch",
-    "activation_checkpointing", "eval_data", "eval_every", "eval_examples", "sample_prompts",
+    "activation_checkpointing", "eval_data", "eval_every", "eval_examples", "sample_prompts", "check",
 )  # fmt: skip
 # What a resumed run may change: that, and how long and how fast it goes on.
 FREE_FLAGS = (
@@ -208,7 +229,7 @@ def add_hyperparameters(made: argparse.ArgumentParser, functions: dict[str, Call
             takers.setdefault(parameter.name, []).append((name, parameter.default))
     for key, found in takers.items():
         sample = found[0][1]
-        kind = {bool: boolean, float: number}.get(type(sample), type(sample))
+        kind = {bool: boolean, float: number, int: count_or_zero}.get(type(sample), type(sample))
         which = ", ".join(f"{name} {default}" for name, default in found)
         group.add_argument(
             f"--{key.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=f"of {which}"
@@ -259,6 +280,8 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namesp
     tokens = list(argv)
     if tokens and tokens[0].endswith((".toml", ".json")) and not tokens[0].startswith("-"):
         tokens = _tokens(made, Path(tokens[0])) + tokens[1:]
+    if bare := [token for token in tokens if token == "--" or token.endswith("=--")]:
+        fail(bare[0], "a flag without its value")  # argparse would make it an empty list
     args = made.parse_args(tokens)
     for key, value in vars(args).items():
         for part in value if isinstance(value, list) else [value]:
@@ -270,19 +293,14 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namesp
 
 
 def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
-    if not path.is_file():
-        fail(str(path), "no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        fail(str(path), f"cannot be read: {error}")
-    try:
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        fail(str(path), f"not {path.suffix[1:].upper()}: {error}")
-    if not isinstance(values, dict):
-        fail(str(path), "must be one object of flags")
-    tokens = []
+    with user_errors():
+        text = files.read_text(path, MAX_CONFIG)
+        if path.suffix == ".json":
+            values = files.read_json(path)
+        else:
+            with files.parsing(path, "TOML"):
+                values = tomllib.loads(text)
+    tokens, given = [], set()
     options = _options(made)
     lists = {name for action in made._actions if action.nargs == "+" for name in action.option_strings}
     for key, value in values.items():
@@ -297,18 +315,35 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
             ),
             1,
         )
+        if flag in given:
+            fail(f"{path}:{line}", f'"{key}" stands there twice, with - and with _')
+        given.add(flag)
         if flag not in options or flag == "--help":
             near = difflib.get_close_matches(flag, options, 1)
             fail(f"{path}:{line}", f'unknown key "{key}"', f"did you mean {near[0][2:]}?" if near else "")
         several = flag in lists and isinstance(value, list) and len(value) > 0
         if not all(isinstance(part, (bool, int, float, str)) for part in (value if several else [value])):
             kind = "a string or a list of strings" if flag in lists else "a string, a number or a boolean"
-            fail(f"{path}:{line}", f'"{key}" must be {kind}, got {json.dumps(value, default=str)[:80]}')
-        if flag in lists:
-            tokens += [flag, *map(str, value if several else [value])]
-        else:
-            tokens.append(f"{flag}={str(value).lower() if isinstance(value, bool) else value}")
+            fail(f"{path}:{line}", f'"{key}" must be {kind}, got {_shown(value)}')
+        words = [_word(part) for part in (value if several else [value])]
+        if flag in lists and any(word.startswith("-") for word in words):
+            fail(f"{path}:{line}", f'"{key}" begins with -, as a flag does')
+        tokens += [flag, *words] if flag in lists else [f"{flag}={words[0]}"]
     return tokens
+
+
+def _word(value: bool | int | float | str) -> str:
+    """A value as it would be typed. TOML has integers of any length in base 16, which str refuses."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"{value:#x}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)[:80]
+    except (ValueError, RecursionError):
+        return type(value).__name__
 
 
 def write_json(path: Path, value: Any) -> None:

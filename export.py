@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -38,6 +37,7 @@ import loading
 import lora
 
 MARK = ".exported"
+DTYPES = ("float32", "bfloat16")
 SHARD = "5GB"  # the largest file of weights: hubs and caches take files of this size
 
 
@@ -66,7 +66,7 @@ def _check_target(out: str | Path, keep: Sequence[str | None] = ()) -> None:
 
 def _dtype(choice: str | None, model: str, trust_remote_code: bool = False) -> torch.dtype:
     if choice is None:
-        came = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).dtype
+        came = loading.settings(model, trust_remote_code).dtype
         return torch.bfloat16 if came == torch.bfloat16 else torch.float32
     return getattr(torch, choice)
 
@@ -211,28 +211,33 @@ def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> di
     return {name: value for name, value in state.items() if name in kept}
 
 
-def _export_offline(path: Path, out: Path, dtype: str | None) -> None:
+def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = False) -> None:
     """The same from a checkpoint on disk, in one process."""
     state = checkpoint.read_model(path)
     made = checkpoint.read_record(path)["args"]
-    source = made["model"]
+    source = made.get("model")
+    if not isinstance(source, str) or not source:
+        raise ValueError(f"{path}: its record names no model")
     _check_target(out, [source, made.get("reference"), made.get("lora_from")])
     kept = path.parent / "tokenizer"  # the run's own, with the tokens and the template it added
-    tokenizer = loading.load_tokenizer(str(kept) if kept.exists() else source)
+    tokenizer = loading.load_tokenizer(str(kept) if kept.exists() else source, trust)
     if "adapter" in made:
         with config.located(str(path)):
             adapters = lora.rebuilt(made)
         _write_adapters(adapters, state, tokenizer, out.with_name(f"{out.name}-adapter"))
-        lm, state = lora.merged(adapters, state)
+        lm, state = lora.merged(adapters, state, trust)
     else:
-        settings = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading.local(source))
-        lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-        _as_saved(lm, state)
-    for place in (source, kept):  # a model need not have one; the run's own knows where training ended turns
-        with contextlib.suppress(OSError):
-            lm.generation_config = GenerationConfig.from_pretrained(place)
-    _give_score(lm, state, tokenizer)
-    _write(lm, state, tokenizer, out, _dtype(dtype or made.get("final_dtype"), source))
+        settings = loading.settings(source, trust)
+        with loading.one_line(str(path)):
+            lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=trust)
+            _as_saved(lm, state)
+    with loading.one_line(str(path)):
+        for place in (source, kept):  # the run's own, if there, knows where training ended turns
+            with contextlib.suppress(OSError):
+                lm.generation_config = GenerationConfig.from_pretrained(place)
+        _give_score(lm, state, tokenizer)
+    chosen = dtype or made.get("final_dtype")
+    _write(lm, state, tokenizer, out, _dtype(chosen if chosen in DTYPES else None, source, trust))
 
 
 def _as_saved(lm: nn.Module, state: dict[str, Tensor]) -> None:
@@ -247,18 +252,18 @@ def _as_saved(lm: nn.Module, state: dict[str, Tensor]) -> None:
         settings.tie_word_embeddings = settings.get_text_config().tie_word_embeddings = False
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     made = config.parser(__doc__.splitlines()[0])
     made.usage = "%(prog)s RUN/step-N OUT [flags]"
     made.add_argument("step", type=config.text, help="a checkpoint, RUN/step-N")
     made.add_argument("out", type=config.directory, help="the directory to write")
-    made.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default=None, help="None: as the run would have"
-    )
-    args = made.parse_args(sys.argv[1:])
+    made.add_argument("--dtype", choices=DTYPES, default=None, help="None: as the run would have")
+    # not what the checkpoint's record says: that may come from anybody
+    made.add_argument("--trust-remote-code", type=config.boolean, default=False, metavar="true|false")
+    args = made.parse_args(sys.argv[1:] if argv is None else argv)
     with config.user_errors():
-        _export_offline(Path(args.step), Path(args.out), args.dtype)
-    print(f"wrote {args.out}")
+        _export_offline(Path(args.step), Path(args.out), args.dtype, args.trust_remote_code)
+    config.tell(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Files of rows: JSON in any arrangement, tables, Parquet; plain or compressed; read a row at a time.
 
     rows           (where, row) of a file, where "file:line" or "file[index]"
+    read_json      the one object of a small file: settings, records, what a model says of itself
     suffix         what says which kind of file it is
     split_names    what a split may be called
     fingerprint    a hash of what files of any kind hold, of a few blocks of each
@@ -14,11 +15,13 @@ thousand times its size nor a row without an end is held: a row has at most MAX_
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import hashlib
 import json
 import re
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ from typing import Any, BinaryIO, Iterable, Iterator
 MAX_ROW = 2**24  # characters
 CHUNK = 2**20  # bytes read at a time
 BLOCK = 4096  # bytes of a sample
+MAX_OBJECT = 2**26  # bytes of a file that is one object; the index of 100,000 tensors has a tenth of that
 JSON = (".jsonl", ".ndjson", ".json")
 TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*JSON, *TABLES, ".parquet")
@@ -39,6 +43,53 @@ CALLS = ("tools", "tool_calls", "function_call")
 SPACE = re.compile(r"\s*")
 ITEM = re.compile(r"\[\s*(\S)")  # what a list begins with
 DECODER = json.JSONDecoder()
+
+
+def read_text(path: Path, most: int = MAX_OBJECT) -> str:
+    """A small file of UTF-8, with a byte order mark or without. Raises ValueError, "path: what"."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise ValueError(f"{path}: not a file")
+        with open(path, "rb") as file:
+            raw = file.read(most + 1)
+        if len(raw) > most:
+            raise ValueError(f"{path}: more than {most} bytes")
+        return raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small file of JSON, without a key twice. Raises ValueError, "path: what"."""
+    text = read_text(path)
+    with parsing(path, "JSON"):
+        found = json.loads(text, object_pairs_hook=_once)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must be one object, got {json.dumps(found)[:40]}")
+    return found
+
+
+@contextlib.contextmanager
+def parsing(path: Path, kind: str) -> Iterator[None]:
+    """Whatever a parser of untrusted text raises within is a ValueError, "path: not KIND: why"."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{path}: not {kind}: nested too deeply") from None
+    except ValueError as error:  # among them that of an integer of more than 4,300 digits
+        raise ValueError(f"{path}: not {kind}: {str(error).splitlines()[0][:200]}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)[:40]!r} stands there twice")
+    return found
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

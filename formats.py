@@ -361,6 +361,7 @@ RANKS = (
     (text,),
     (prompt, instruction),
 )  # fmt: skip
+MAX_WEIGHT = 1e6
 CONVERSATION_KEYS = {"system", "system_prompt", "tools", "chat_template_kwargs", "weight", "margin"}
 
 
@@ -467,8 +468,8 @@ def _with_common(example: Example, row: dict[str, Any], common: set[str]) -> Exa
     if tools := values.tools(given.get("tools")):
         rendering["tools"] = tools
     options = {key: values.number(given[key], key) for key in ("weight", "margin") if key in given}
-    if options.get("weight", 1.0) < 0:
-        raise ValueError(f'"weight" must be >= 0, got {given["weight"]}')
+    if not 0 <= options.get("weight", 1.0) <= MAX_WEIGHT:  # one that drowns all others is a mistake
+        raise ValueError(f'"weight" must be >= 0 and <= {MAX_WEIGHT:g}, got {given["weight"]}')
     if not isinstance(subset := given.get("subset", ""), (str, int)):
         raise ValueError(f'"subset" must be a string, got {values.shown(subset)}')
     return example._replace(rendering=rendering, subset=str(subset), **options)

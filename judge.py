@@ -77,7 +77,7 @@ def read(sources: Sequence[str], split: str, scorer: scoring.Scorer | None) -> d
                     own.texts.append(answer if isinstance(answer, str) else answer[-1]["content"])
                     own.scores.append(value)
     for reason, count in left_out.items():
-        print(f"{' '.join(sources)}: {count:,} left out: {reason}")
+        config.tell(f"{' '.join(sources)}: {count:,} left out: {reason}")
     return {key: answers for key, answers in found.items() if answers.scores}
 
 
@@ -180,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{' '.join(args.against)}: no prompt of --data has an answer in it")
         result = compare([[found[key] for key in shared] for found in both], args.seed)
         for side, sources, found in zip("AB", (args.data, args.against), both):
-            print(f"{side}: {' '.join(sources)}, {len(shared):,} of its {len(found):,} prompts")
-        print("", table(result), sep="\n")
+            config.tell(f"{side}: {' '.join(sources)}, {len(shared):,} of its {len(found):,} prompts")
+        config.tell(f"\n{table(result)}")
         if args.out:
             config.write_json(Path(args.out), {"prompts": len(shared), **result})
 

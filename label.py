@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.ask:
             left_out = Counter()
             count = ask(args, scoring.prompts(args.data, args.split, left_out))
-            print(f"wrote {args.ask}: {count:,} questions")
+            config.tell(f"wrote {args.ask}: {count:,} questions")
             tell(left_out)
             return
         settings = {}
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             states = {key: hashlib.sha256(state.encode()).hexdigest()[:32] for key, state in states.items()}
             settings = vars(args) | states
             if parts.check(args.out, settings):
-                print(f"{args.out} is there: nothing to do")
+                config.tell(f"{args.out} is there: nothing to do")
                 return
         left_out = Counter()  # rows are read twice: a fault of the last one is known before the first score
         total = sum(1 for _ in scoring.prompts(args.data, args.split, left_out))
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scorer = verdicts(args, found()) if args.by.endswith(".jsonl") else scoring.load(args)
         seen = progress.bar(found(), "prompts", total)
         if args.score_only:
-            print(table(scored(seen, scorer), left_out))
+            config.tell(table(scored(seen, scorer), left_out))
         else:
             write(args, settings, seen, scorer, left_out)
         tell(left_out)
@@ -338,13 +338,13 @@ def write(
             raise ValueError(f"--out {args.out}: nothing to write ({reasons(left_out)})")
 
     parts.finish(args.out, count, lines())
-    print(f"wrote {args.out}: {written['rows']:,} {'pairs' if args.pairs else 'answers'}")
+    config.tell(f"wrote {args.out}: {written['rows']:,} {'pairs' if args.pairs else 'answers'}")
 
 
 def tell(left_out: Counter) -> None:
     """Say what was left out."""
     if left_out:
-        print(f"left out: {reasons(left_out)}")
+        config.tell(f"left out: {reasons(left_out)}")
 
 
 if __name__ == "__main__":

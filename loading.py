@@ -1,25 +1,36 @@
 """What transformers reads of a model, checked: a directory or a hub name in, a whole model or tokenizer out,
 or one line that says what is wrong with it.
 
+    check              what a directory's small files and headers say, before anything is loaded
+    settings           its configuration
+    size               of what it describes, against its weights
     from_pretrained    a language model with every weight of it
     load_plain         the same to generate with, an adapter merged into its base
     load_tokenizer     the tokenizer
 
-Left out: pickle weights.
+No code of a model is run and nobody is asked whether it may be, unless --trust-remote-code says so; no
+directory is looked for on a hub, and no kernel fetched that a config.json names. Left out: pickle weights.
 """
 
 import contextlib
-import json
+import copy
+import math
 import os
 from pathlib import Path
 from typing import Any, Iterator
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+import files
+
 transformers_logging.disable_progress_bar()
+MAX_LAYERS = 10_000  # of a configuration without weights
+SMALL = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @contextlib.contextmanager
@@ -30,54 +41,125 @@ def one_line(path: str) -> Iterator[None]:
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its report of missing weights is ours
     try:
         yield
+    except MemoryError:
+        raise ValueError(f"{path}: does not fit into memory") from None
     except Exception as error:
-        what = str(error).strip() or type(error).__name__
-        raise ValueError(f"{path}: {what.splitlines()[0].removeprefix(f'{path}: ')}") from error
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            what = "needs code of its own (inspect it, then pass --trust-remote-code true)"
+        where = "" if isinstance(error, ValueError) and path in what else f"{path}: "
+        raise ValueError(f"{where}{what[:500]}") from error
     finally:
         transformers_logging.set_verbosity(before)
 
 
-def local(path: str) -> dict[str, bool]:
-    """A path that looks like a directory must be one; then the hub is not asked. Raises ValueError where it
-    is not, or names what is not safetensors of its own: pickles, other directories' files, kernels."""
-    if Path(path).exists():
-        for index in sorted(Path(path).glob("*.index.json")):
-            named = set(_json(index).get("weight_map", {}).values())
-            wrong = [name for name in map(str, named) if "/" in name or not name.endswith(".safetensors")]
-            if wrong:
-                raise ValueError(f"{index}: {min(wrong)} is not a safetensors file of this directory")
-        settings = _json(Path(path) / "config.json") if (Path(path) / "config.json").is_file() else {}
-        for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-            if "/" in str(settings.get(key)):
-                raise ValueError(f"{path}/config.json: {key} {settings[key]} is code from the hub; delete it")
-        return {"local_files_only": True}
-    if path.count("/") > 1 or path.startswith((".", os.sep)):
-        raise ValueError(f"{path}: no such model directory")
-    return {}
+def options(path: str, trust_remote_code: bool = False) -> dict[str, bool]:
+    """What transformers is told beside a path: a directory, or what looks like one, is never looked for on a
+    hub. Raises ValueError if there is no such directory."""
+    folder = Path(path)
+    if not folder.exists():
+        looks_local = path.count("/") > 1 or path.startswith((".", os.sep, "~")) or os.path.lexists(path)
+        if looks_local or "/" in path and os.path.lexists(path.split("/")[0]):  # a name in runs/, say
+            raise ValueError(f"{path}: no such model directory")
+        return {"trust_remote_code": trust_remote_code}
+    if not folder.is_dir():
+        raise ValueError(f"{path}: not a model directory but a file")
+    return {"trust_remote_code": trust_remote_code, "local_files_only": True}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """An object in a file. Raises ValueError for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must be one object")
+def check(path: str, weights: str = "pretrained") -> tuple[int, int]:
+    """(tensors, numbers in them) of a model directory, by its small files and the headers of its weights
+    alone; (0, 0) of a hub name or of "random" weights. Raises ValueError for JSON that is none, weights that
+    are cut, elsewhere or pickles, or an adapter without its model."""
+    options(path)
+    folder = Path(path)
+    if not folder.exists():
+        return 0, 0
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{path}: an adapter without its model (merge it into the model first)")
+    for name in SMALL:
+        if name == "config.json" or os.path.lexists(folder / name):
+            files.read_json(folder / name)
+    if weights == "random":
+        return 0, 0
+    shapes = [shape for name in _weights(folder) for shape in _header(folder / name)]
+    return len(shapes), sum(map(math.prod, shapes))
+
+
+def _weights(folder: Path) -> list[str]:
+    """The files of a directory's weights, none of them outside."""
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        found = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+        said = f"only {found[0]}, a pickle, which may run code; save it as safetensors first" if found else ""
+        raise ValueError(f"{folder}: no model.safetensors" + f" ({said})" * bool(said))
+    named = files.read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(n, str) for n in named.values()):
+        raise ValueError(f"{index}: no weight_map of names of files")
+    found = sorted(set(named.values()))
+    for name in found:
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: names {name[:80]!r} (safetensors beside it only)")
+        if not (folder / name).exists():
+            raise ValueError(f"{folder}: {name} is missing")
     return found
 
 
+def _header(path: Path) -> list[list[int]]:
+    """The shapes of a file's tensors; their bytes are there, none more and none less."""
+    try:
+        with safe_open(path, "pt") as file:
+            return [file.get_slice(name).get_shape() for name in file.keys()]
+    except Exception as error:  # the library has types of its own
+        raise ValueError(f"{path}: {str(error).splitlines()[0][:200]}") from None
+
+
+def settings(path: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model, without the attention that it asks for: some names are fetched from a
+    hub. Raises ValueError."""
+    told = options(path, trust_remote_code)
+    with one_line(path):
+        found = AutoConfig.from_pretrained(path, **told)
+        for config in (found, found.get_text_config()):
+            config._attn_implementation = None
+    return found
+
+
+def size(path: str, config: Any, tensors: int, numbers: int, trust_remote_code: bool = False) -> int:
+    """The number of a configuration's parameters. Raises ValueError for a larger model than there are weights
+    for, as `check` counts them, or, where there are none, than fits into this machine's memory."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    most = tensors or MAX_LAYERS
+    if isinstance(layers, int) and layers > most:
+        raise ValueError(f"{path}: its configuration has {layers} layers, more than {most} tensors fill")
+    with one_line(path), torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=trust_remote_code
+        )
+    wanted = sum(parameter.numel() for parameter in lm.parameters())
+    if tensors and wanted > 2 * numbers:
+        raise ValueError(f"{path}: its configuration has {wanted} parameters, its weights {numbers}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not tensors and 4 * wanted > memory:
+        need = f"{4 * wanted / 1e9:.2g} GB in fp32, this machine has {memory / 1e9:.2g}"
+        raise ValueError(f"{path}: its {wanted} parameters take {need}")
+    return wanted
+
+
 def from_pretrained(
-    path: str, config: Any, dtype: torch.dtype, options: dict[str, Any], reward_model: bool
+    path: str, config: Any, dtype: torch.dtype, trust_remote_code: bool, reward_model: bool = False
 ) -> nn.Module:
     """A language model with every weight of it. Raises ValueError."""
     lm, report = AutoModelForCausalLM.from_pretrained(
         path,
+        config=config,
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        **options,
+        **options(path, trust_remote_code),
     )
     scorer = any("ForSequenceClassification" in name for name in config.architectures or ())
     if scorer and not reward_model:
@@ -110,12 +192,15 @@ def _untie(lm: nn.Module) -> None:
 def load_plain(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """transformers' own model, to generate with: in evaluation mode, on its own attention. A directory with
     an adapter is its base model with the adapter merged. Raises ValueError as `load` does."""
-    options = {"trust_remote_code": trust_remote_code, **local(path)}
     if (Path(path) / "adapter_config.json").exists():
         return _merged(path, dtype, trust_remote_code)
+    found = check(path)
+    config = settings(path, trust_remote_code)
+    size(path, config, *found, trust_remote_code)
     with one_line(path):
-        config = AutoConfig.from_pretrained(path, **options)
-        return from_pretrained(path, config, dtype, options, False).eval()
+        lm = from_pretrained(path, config, dtype, trust_remote_code)
+        refuse_odd_stops(path, lm)
+        return lm.eval()
 
 
 def _merged(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -127,9 +212,11 @@ def _merged(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     with one_line(path):
         if not (Path(path) / "adapter_model.safetensors").exists():
             raise ValueError("no adapter_model.safetensors (pickle .bin files are not loaded)")
-        base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
-        if not base:
+        base = files.read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
             raise ValueError('adapter_config.json has no "base_model_name_or_path"')
+        if (Path(base) / "adapter_config.json").exists():
+            raise ValueError(f"its base model {base} is an adapter too")
     lm = load_plain(base, torch.float32, trust_remote_code)
     with one_line(path):
         merged = peft.PeftModel.from_pretrained(lm, path, local_files_only=True).merge_and_unload()
@@ -138,10 +225,22 @@ def _merged(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory or hub name. Raises ValueError where there is none."""
+    told = options(path, trust_remote_code)
+    for name in SMALL:
+        if os.path.lexists(Path(path) / name):
+            files.read_json(Path(path) / name)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **local(path))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no tokenizer ({str(error).strip().splitlines()[0]})") from error
+        with one_line(path):
+            return AutoTokenizer.from_pretrained(path, **told)
+    except ValueError as error:
+        raise ValueError(f"{path}: no tokenizer ({str(error).removeprefix(f'{path}: ')})") from error
+
+
+def refuse_odd_stops(path: str, lm: nn.Module) -> None:
+    """Raises ValueError unless the ids at which generation stops are ids."""
+    stops = getattr(lm.generation_config, "eos_token_id", None)
+    if not all(type(id) is int and id >= 0 for id in (stops if isinstance(stops, list) else [stops or 0])):
+        raise ValueError(f"{path}: its eos_token_id is {str(stops)[:40]!r} (an id, or a list of them)")
 
 
 def refuse_not_finite(path: str, lm: nn.Module) -> None:

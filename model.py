@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -98,22 +98,24 @@ def load(
     missing or not finite, positions shorter than `max_length`, or an architecture for which packed attention
     does not reproduce the model's own logits.
     """
-    trust = {"trust_remote_code": trust_remote_code}
-    options = {**trust, **loading.local(path)}
     with loading.one_line(path):
-        config = AutoConfig.from_pretrained(path, **options)
+        found = loading.check(path, weights)
+        config = loading.settings(path, trust_remote_code)
+        loading.size(path, config, *found, trust_remote_code)
         if weights == "random":
             torch.manual_seed(seed)
+            trust = {"trust_remote_code": trust_remote_code}
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
         else:
-            lm = loading.from_pretrained(path, config, torch.float32, options, reward_model)
-    loading.refuse_not_finite(path, lm)
-    _grow(lm, vocabulary)
-    _check_positions(path, lm.config.get_text_config(), max_length)
-    _disable_dropout(lm)
-    model = LanguageModel(lm)
-    _check_packing(path, model, max_length)
-    return _cast(model, dtype)
+            lm = loading.from_pretrained(path, config, torch.float32, trust_remote_code, reward_model)
+        loading.refuse_not_finite(path, lm)
+        loading.refuse_odd_stops(path, lm)
+        _grow(lm, vocabulary)
+        check_positions(path, lm.config.get_text_config(), max_length)
+        _disable_dropout(lm)
+        model = LanguageModel(lm)
+        _check_packing(path, model, max_length)
+        return _cast(model, dtype)
 
 
 def fingerprint(path: str, weights: str = "pretrained") -> str:
@@ -205,8 +207,9 @@ def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
     if missing:
         raise ValueError(f"{type(lm).__name__}: its sequence classifier has other parameters ({missing[0]})")
     if any("ForSequenceClassification" in name for name in lm.config.architectures or ()):
-        local = loading.local(path)
-        old = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **local)
+        old = AutoModelForSequenceClassification.from_pretrained(
+            path, use_safetensors=True, **loading.options(path)
+        )
         if old.score.weight.shape != lm.score.weight.shape:
             raise ValueError(
                 f"{path}: a classifier of {old.score.weight.shape[0]} labels, not a reward model"
@@ -253,7 +256,9 @@ def _grow(lm: nn.Module, vocabulary: int) -> None:
                 module.weight[row] += spread * noise
 
 
-def _check_positions(path: str, config: Any, max_length: int) -> None:
+def check_positions(path: str, config: Any, max_length: int) -> None:
+    """Raises ValueError for a configuration with fewer positions than `max_length`, or whose rotary embedding
+    changes with it."""
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max_length > longest:
         raise ValueError(f"--max-length {max_length} exceeds the {longest} positions of {path}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Iterable, Sequence
 
 import config
+import files
 
 # What changes how a part is made, and not what is in it.
 HOW = ("out", "device", "batch_size", "timeout_minutes", "trust_remote_code")
@@ -124,14 +125,10 @@ def _refuse_changed(out: str, settings: dict[str, Any]) -> None:
 
 def _changed(path: Path, settings: dict[str, Any]) -> Sequence[Any] | None:
     """(key, then, now) of the first setting that is not what it was; None if there is none, or no file."""
-    try:
-        then = json.loads(_about(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(_about(path)):
         return None
-    except (OSError, ValueError) as error:
-        config.fail(str(_about(path)), f"cannot be read: {error}")
-    if not isinstance(then, dict):
-        config.fail(str(_about(path)), "must be one object of flags")
+    with config.user_errors():
+        then = files.read_json(_about(path))
     now = json.loads(json.dumps(settings))
     for key in sorted(set(then) | set(now)):
         if key not in HOW and then.get(key) != now.get(key):

@@ -71,7 +71,7 @@ class Run(NamedTuple):
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())[:1000]}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -391,7 +391,7 @@ def tell(text: str) -> None:
 
 def look(args: argparse.Namespace) -> bool:
     """Read, print and draw everything once; whether a run is still running."""
-    names = [folder.resolve().name for folder in args.runs]
+    names = [os.path.basename(os.path.realpath(folder)) for folder in args.runs]
     names = [n if names.count(n) == 1 else str(folder) for n, folder in zip(names, args.runs)]
     runs = {name: read(folder) for name, folder in zip(names, args.runs)}
     running = any(run.state in ("running", "") for run in runs.values())
@@ -422,12 +422,18 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("must not hold a NUL character")
+    return Path(text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
-    parser.add_argument("--out", type=Path, default=None, help="PNG; comparison.png if there is no --html")
-    parser.add_argument("--html", type=Path, default=None, help="the page to write")
+    parser.add_argument("runs", nargs="+", type=_path, help="run directories")
+    parser.add_argument("--out", type=_path, default=None, help="PNG; comparison.png if there is no --html")
+    parser.add_argument("--html", type=_path, default=None, help="the page to write")
     parser.add_argument("--live", type=_seconds, default=None, help="again every so many seconds")
     args = parser.parse_args(argv)
     args.out = args.out or (None if args.html else Path("comparison.png"))

@@ -229,14 +229,6 @@ def _pieces(data: Data, before: list[int], ids: list[int], kinds: list[str]) -> 
 # -------------------------------------------------------------------------------------------------------
 
 
-def tell(text: str) -> None:
-    """Print; a reader that has gone away, such as `head`, ends the printing and nothing else."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def visible(text: str) -> str:
     r"""The text with \x1b, \u202e for characters that nobody sees; line breaks and tabs stay."""
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
@@ -411,13 +403,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     title = f"What {script} trains on with "
     title += f"--loss {args.loss}" if hasattr(args, "loss") else f"--method {args.method}"
-    tell(title + " (a --loss previews align.py)" * (script == "sft.py"))
+    config.tell(title + " (a --loss previews align.py)" * (script == "sft.py"))
     said = []
 
     def say(text: str) -> None:
         if not text.startswith("  ..."):  # a part of the first example, which is shown whole
             said.append(text)
-            tell(wrapped(visible(text)))
+            config.tell(wrapped(visible(text)))
 
     with config.user_errors():
         say(f"model: {args.model}")
@@ -429,19 +421,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = list(examples(data))
         if mine.html:
             Path(mine.html).write_text(page(title, said, totals, histograms, shown), encoding="utf-8")
-    tell("")
+    config.tell("")
     for name, value, note in totals:
-        tell(f"{name:<13}  {value:>11}  {note}".rstrip())
+        config.tell(f"{name:<13}  {value:>11}  {note}".rstrip())
     for histogram in histograms:
-        tell("\n".join(bars(histogram)))
+        config.tell("\n".join(bars(histogram)))
     how = "green, prompts dim" if colour else "in [[ ]]"
-    tell(f"\nTrained tokens are {how}; ↵ is a line break of the text.")
+    config.tell(f"\nTrained tokens are {how}; ↵ is a line break of the text.")
     for name, texts in shown:
-        tell(f"\n{name}")
+        config.tell(f"\n{name}")
         for title, pieces in texts:
-            tell(f"  {title}{marked(pieces, COLOURS if colour else BRACKETS)}")
+            config.tell(f"  {title}{marked(pieces, COLOURS if colour else BRACKETS)}")
     if mine.html:
-        tell(f"\nwrote {visible(mine.html)}")
+        config.tell(f"\nwrote {visible(mine.html)}")
 
 
 if __name__ == "__main__":

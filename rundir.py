@@ -23,8 +23,11 @@ from torch import nn
 
 import checkpoint
 import config
+import files
 import fsdp
 import signals
+
+MAX_LOG = 2**30  # bytes of metrics.jsonl
 
 
 def check_run(args: argparse.Namespace) -> None:
@@ -44,7 +47,7 @@ def check_run(args: argparse.Namespace) -> None:
     changed = _changed_flags(args, out / "args.json")
     if not changed:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{out}/final is there: nothing to do")
+            config.tell(f"{out}/final is there: nothing to do")
         sys.exit(0)
     others = [key for key in changed if key not in ("steps", "epochs")]
     key = (others or list(changed))[0]
@@ -69,9 +72,9 @@ def check_run(args: argparse.Namespace) -> None:
 def _changed_flags(args: argparse.Namespace, path: Path) -> dict[str, tuple[Any, Any]]:
     """Flags of training that are not those a run was made with: (then, now)."""
     try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        config.fail(str(path), f"cannot be read: {error}", "choose another --out")
+        made = files.read_json(path)
+    except ValueError as error:
+        config.fail(str(error), right="choose another --out")
     flags = {key: value for key, value in vars(args).items() if key not in config.HOW_FLAGS}
     now = json.loads(json.dumps(flags))
     return {
@@ -127,10 +130,10 @@ def begin(
             said = f"{args.out} has {free / 1e9:.2g} GB free, one checkpoint needs about {need / 1e9:.2g} GB"
             if args.save_every and free < need:
                 raise ValueError(said)
-            print(said, flush=True)
+            config.tell(said)
             flags = {key: value for key, value in vars(args).items() if value is not None}
-            config.write_json(Path(args.out) / "args.json", flags)
             skipped = rewind_log(args.out, start)
+            config.write_json(Path(args.out) / "args.json", flags)
     write_status(args, rank, "running", start, skipped=skipped)
     fsdp.HEALTH["report"] = functools.partial(_report_lost, args)
     signals.wait()
@@ -175,7 +178,7 @@ def leave_if_told(
     problem = save(args, step, model, optimizer, made, extra) if step else ""
     write_status(args, rank, "failed" if problem else "saved", step, f"{why}: {problem}" if problem else why)
     if rank == 0:
-        print(f"stopped by {why} at step {step}; --resume auto goes on from there", flush=True)
+        config.tell(f"stopped by {why} at step {step}; --resume auto goes on from there")
     fsdp.finish()
     sys.exit(1 if problem else signals.exit_code(number))
 
@@ -292,7 +295,7 @@ def write_row(args: argparse.Namespace, rank: int, total: int, row: dict[str, An
         row = {**row, "time": time.time(), "mem_gb": peak_memory_gb()}
         log_row(args.out, row)
         if row["split"] == "eval" or row["step"] % args.log_every == 0 or row["step"] == total - 1:
-            print(progress(row, total), flush=True)
+            config.tell(progress(row, total))
 
 
 def rewind_log(out: str | Path, step: int) -> int:
@@ -301,10 +304,9 @@ def rewind_log(out: str | Path, step: int) -> int:
     path = Path(out) / "metrics.jsonl"
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines()
     kept = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):  # a last line cut by a kill
+    for line in files.read_text(path, MAX_LOG).splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # one cut by a kill, say
             kept += [line] * (json.loads(line)["step"] < step)
     beside = path.with_name(".metrics.tmp")
     beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         states["model_state"] = data.state(args.model, "") if Path(args.model).exists() else args.model
         states = {key: hashlib.sha256(state.encode()).hexdigest()[:32] for key, state in states.items()}
         if parts.check(args.out, vars(args) | states):
-            print(f"{args.out} is there: nothing to do")
+            config.tell(f"{args.out} is there: nothing to do")
             return
         rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
@@ -240,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines = alpaca_eval(parts.read(args.out, part), args) if args.format == "alpaca_eval" else None
             parts.finish(args.out, part, lines)
             for reason, number in left_out.items():
-                print(f"{number} rows left out: {reason}")
-            print(f"wrote {args.out}: {answered} prompts, {answered * args.answers} answers")
+                config.tell(f"{number} rows left out: {reason}")
+            config.tell(f"wrote {args.out}: {answered} prompts, {answered * args.answers} answers")
     fsdp.finish()
 
 

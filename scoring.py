@@ -36,8 +36,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForSequenceClassification
 
 import chat
 import config
@@ -275,30 +274,25 @@ def _classifier(args: argparse.Namespace) -> Scorer:
 
 
 def _load_classifier(args: argparse.Namespace) -> Any:
-    options = {"trust_remote_code": args.trust_remote_code, "local_files_only": Path(args.by).exists()}
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its report of missing weights is ours
-    try:
-        settings = AutoConfig.from_pretrained(args.by, **options)
+    loading.check(args.by, "random")  # the files of its weights follow: a language model is told so first
+    settings = loading.settings(args.by, args.trust_remote_code)
+    with loading.one_line(args.by):
         kinds = [*(settings.architectures or []), *(getattr(settings, "auto_map", None) or {})]
         if kinds and not any("SequenceClassification" in kind for kind in kinds):
             raise ValueError(f"not a classifier but {kinds[0]}: {RANDOM}")
+        loading.check(args.by)
         classifier, report = AutoModelForSequenceClassification.from_pretrained(
             args.by,
+            config=settings,
             dtype=getattr(torch, args.dtype),
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **options,
+            **loading.options(args.by, args.trust_remote_code),
         )
         wrong = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
         if wrong:
             raise ValueError(f"{len(wrong)} weights missing or misshapen (first: {wrong[0]}): {RANDOM}")
-    except Exception as error:  # a dozen unrelated types for a directory that is not a model
-        what = str(error).strip() or type(error).__name__
-        raise ValueError(f"{args.by}: {what.splitlines()[0].removeprefix(f'{args.by}: ')}") from error
-    finally:
-        transformers_logging.set_verbosity(before)
     return classifier
 
 

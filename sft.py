@@ -16,6 +16,7 @@ import sys
 import time
 from typing import Any, Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ import loading
 import lora
 import losses
 import model
+import preflight
 import progress
 import ranking
 import rundir
@@ -150,11 +152,10 @@ def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    rundir.check_run(args)
+    preflight.begin(args)
     with config.user_errors():
-        trackers.check(args.log_to)
         rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
-        say = print if rank == 0 else lambda *parts, **options: None
+        say = config.tell if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template.name}")
@@ -165,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         held_out = data.held_out(args.data, args.eval_data)
         evaluated = load_examples(held_out, "test", tokenizer, template, args, say) if held_out else []
         evaluated = arrays.subset(evaluated, args.eval_examples)
+        if args.check:
+            return preflight.report(args, tokenizer, train, evaluated, np.ones(len(train), int), say)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         masters = dtype if lora.wanted(args) else torch.float32

@@ -36,8 +36,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 import torch  # noqa: E402
 
 import align  # noqa: E402
-import checkpoint  # noqa: E402
 import fsdp  # noqa: E402
+import metadata  # noqa: E402
 import sft  # noqa: E402
 import signals  # noqa: E402
 
@@ -262,7 +262,7 @@ def outcome(out: Path) -> dict[str, str]:
     found = {path.name: digest(path.read_bytes()) for path in sorted((out / "final").iterdir())}
     step = out / f"step-{STEPS}"
     if step.exists():
-        saved = checkpoint._metadata(step).state_dict_metadata
+        saved = metadata.read(step).state_dict_metadata
         state = {name: torch.empty(it.size, dtype=it.properties.dtype) for name, it in saved.items()}
         checkpoint._read(step, state, no_dist=True)
         found |= {f"{step.name} {name}": digest(v.numpy().tobytes()) for name, v in sorted(state.items())}

@@ -1,35 +1,61 @@
-"""Rows of every wrong kind through the readers: each becomes an Example, a counted reason or one error.
+"""Input of every wrong kind through the readers: it is read, counted, or refused in one line.
 
-    python bench/fuzz.py [--rows 100000] [--seed 0] [--model examples/tiny]
+    python bench/fuzz.py [--what rows] [--number 100000] [--seed 0] [--model examples/tiny]
+
+    rows        rows and files of them
+    configs     .toml and .json files of flags of align.py and sft.py
+    commands    command lines of every script
+    models      config.json, tokenizer files and weights of a model directory
+    records     trainer.json, .metadata, args.json, metrics.jsonl, status.json of a run
 
 Half of the rows are objects with the keys of the layouts and values of any type, depth and size, given to
 formats.parse and, where they are read, to every encoder; half are rows whose bytes were changed, in files of
-all kinds, given to data.stream. Prints how many went which way, the slowest, and the peak of memory; exits
-with 1 at the first exception that is not a ValueError, or a ValueError of more than one line.
+all kinds, given to data.stream. The other files are whole ones of which a value, a key or some bytes were
+changed. Prints how many went which way, the slowest, and the peak of memory; exits with 1 at the first
+exception that is not a ValueError, an error of more than one line, or what takes more than 20 s.
 """
 
 import argparse
+import contextlib
 import gzip
+import io
 import json
+import os
 import random
+import re
 import resource
+import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+
+import align  # noqa: E402
 import chat  # noqa: E402
+import checkpoint  # noqa: E402
 import data  # noqa: E402
 import encode  # noqa: E402
 import formats  # noqa: E402
+import judge  # noqa: E402
+import label  # noqa: E402
 import loading  # noqa: E402
+import model  # noqa: E402
+import plot  # noqa: E402
 import ranking  # noqa: E402
+import rundir  # noqa: E402
+import sample  # noqa: E402
+import sft  # noqa: E402
 
 LAYOUTS = [layout for rank in formats.RANKS for layout in rank]
 KEYS = sorted(
@@ -164,9 +190,171 @@ def check_file(rng: random.Random, folder: Path) -> str:
     return "file read"
 
 
+# ---- files and flags
+# ----------------------------------------------------------------------------------------------------------
+
+
+def mutated(rng: random.Random, made: Any) -> Any:
+    """With one value in it another, one key gone, or one more."""
+    if isinstance(made, dict) and made and rng.random() < 0.9:
+        key = rng.choice(sorted(made))
+        how = rng.randrange(8)
+        if how == 0:
+            return {name: part for name, part in made.items() if name != key}
+        if how == 1:
+            return made | {str(rng.choice(TEXTS)): value(rng)}
+        return made | {key: mutated(rng, made[key]) if how < 6 else value(rng)}
+    if isinstance(made, list) and made and rng.random() < 0.9:
+        place = rng.randrange(len(made))
+        return [*made[:place], mutated(rng, made[place]), *made[place + 1 :]]
+    return rng.choice((value(rng), rng.choice(NUMBERS), rng.choice((-1, 0, 1, 2, 3, 10**9, 2**40, "a", [], {}, None))))
+
+
+def dumped(made: Any) -> str:
+    try:
+        return json.dumps(made)
+    except ValueError:  # an integer of more digits than are written
+        return "9" * 5000
+
+
+def spoiled(rng: random.Random, raw: bytes) -> bytes:
+    """A file of JSON with a value or some bytes changed."""
+    if rng.random() < 0.3:
+        return damaged(rng, raw)
+    return dumped(mutated(rng, json.loads(raw))).encode()
+
+
+def quietly(run: Callable, argv: list[str]) -> str:
+    """What a script's parse of its flags ends with; a refusal is a ValueError."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            run(argv)
+    except SystemExit as end:
+        lines = said.getvalue()
+        assert end.code == 0 or end.code == 2 and lines.startswith("error: ") and lines.count("\n") == 1, lines
+        if end.code:
+            raise ValueError(lines.strip()) from None
+    return "taken"
+
+
+SCRIPTS = {"align": align.parse_args, "sft": sft.parse_args, "sample": sample.parse_args}
+SCRIPTS |= {"label": label.parse_args, "judge": judge.parse_args}
+COMMON = ("--beta", "--alpha", "--risk-aversion", "--out", "--resume", "--save-every", "--keep-last", "--device", "--x")
+WORDS = [*TEXTS, *map(str, NUMBERS[:-3]), "auto", "step-1", "none", "dpo", "kto", "ra_dpo1", "cvar", "--", "-1", "0x10"]
+OPTIONS = {
+    name: sorted(set(re.findall(r'"(--[a-z][a-z-]*)"', (ROOT / f"{name}.py").read_text())) | set(COMMON))
+    for name in SCRIPTS
+}
+
+
+def check_command(rng: random.Random, folder: Path) -> str:
+    name = rng.choice(sorted(SCRIPTS))
+    argv = ["--data", "d", "--out", str(folder / "o")]
+    argv += {"judge": ["--against", "d", "--by", "m"], "label": ["--by", "m"]}.get(name, ["--model", "m"])
+    for _ in range(rng.randrange(1, 4)):
+        flag = rng.choice(OPTIONS[name])
+        some = [flag, rng.choice(WORDS)] if rng.random() < 0.7 else [f"{flag}={rng.choice(WORDS)}"]
+        place = rng.randrange(len(argv) + 1)
+        argv[place:place] = some
+    return quietly(SCRIPTS[name], [word for word in argv if word not in ("--help", "-h")])
+
+
+def check_config(rng: random.Random, folder: Path) -> str:
+    name = rng.choice(("align", "sft"))
+    flags = {"lr": 1e-5, "batch_size": 8, "data": ["d"], "model": "m", "save_every": 3, "check": True, "seed": 0}
+    if rng.random() < 0.5:
+        path, raw = folder / "a.json", spoiled(rng, json.dumps(flags).encode())
+    else:
+        made = flags | {rng.choice(sorted(flags)): mutated(rng, rng.choice(list(flags.values())))}
+        path, raw = folder / "a.toml", "\n".join(f"{k} = {dumped(v)}" for k, v in made.items()).encode()
+        raw = damaged(rng, raw) if rng.random() < 0.5 else raw
+    path.write_bytes(raw)
+    return quietly(SCRIPTS[name], [str(path), "--model", "m", "--data", "d", "--out", str(folder / "o")])
+
+
+def make_model(folder: Path, source: str) -> None:
+    """A model of 32 dimensions, with weights."""
+    shutil.copytree(source, folder)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    settings = json.loads((folder / "config.json").read_text()) | small | {"head_dim": 16, "intermediate_size": 32}
+    (folder / "config.json").write_text(json.dumps(settings))
+    lm = loading.AutoModelForCausalLM.from_config(loading.settings(str(folder)))
+    lm.save_pretrained(folder)
+
+
+def check_model(rng: random.Random, folder: Path) -> str:
+    """One file of a model directory changed, the directory read as align.py reads it."""
+    place = folder / "model"
+    names = ["config.json"] * 5 + ["generation_config.json", "tokenizer_config.json", "model.safetensors"] * 2
+    path = place / rng.choice([*names, "tokenizer.json"])
+    raw = path.read_bytes()
+    if path.suffix == ".json":
+        made = spoiled(rng, raw)
+    else:
+        size = int.from_bytes(raw[:8], "little")
+        made = damaged(rng, raw[: 8 + size]) + raw[8 + size :] if rng.random() < 0.9 else raw[: rng.randrange(len(raw))]
+    path.write_bytes(made)
+    try:
+        loading.check(str(place))
+        if path.name.startswith("token"):
+            chat.chat_template(loading.load_tokenizer(str(place)), None)
+        else:
+            model.stop_at(model.load(str(place), torch.float32, 64), [2])
+    finally:
+        path.write_bytes(raw)
+    return f"{path.name} read"
+
+
+def make_run(folder: Path) -> None:
+    """A finished run with a checkpoint."""
+    rows = (ROOT / "examples" / "hh_test.jsonl").read_bytes().split(b"\n")[:6]
+    (folder / "pairs.jsonl").write_bytes(b"\n".join(rows))
+    argv = ["--model", folder / "model", "--data", folder / "pairs.jsonl", "--out", folder / "run"]
+    argv += ["--token-cache", folder / "cache", "--steps", "1", "--batch-size", "2", "--save-every", "1"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        align.main([str(word) for word in argv])
+
+
+def check_record(rng: random.Random, folder: Path) -> str:
+    """One file of a run changed, the run read as a resumed one and as plot.py read it."""
+    place = folder / "run"
+    names = ("step-1/trainer.json", "step-1/.metadata", "args.json", "metrics.jsonl", "status.json")
+    path = place / rng.choice(names)
+    record = place / "step-1" / "trainer.json"
+    raw, told = path.read_bytes(), record.read_bytes()
+    path.write_bytes(spoiled(rng, raw) if path.suffix == ".json" else damaged(rng, raw))
+    if path.name == ".metadata":  # with a record that vouches for it
+        about = json.loads(told)
+        about["files"][".metadata"] = [path.stat().st_size, checkpoint._checksum(path)]
+        record.write_text(json.dumps(about))
+    try:
+        quietly(lambda argv: plot.read(place), [])
+        if path.name == "args.json":
+            args = argparse.Namespace(out=str(place), resume="auto", steps=1, lr=1.0)
+            quietly(lambda argv: rundir.check_run(args), [])
+        elif path.name == "metrics.jsonl":
+            shutil.copy(path, folder / "metrics.jsonl")
+            rundir.rewind_log(folder, 1)
+        else:
+            checkpoint.read_model(place / "step-1")
+    finally:
+        path.write_bytes(raw)
+        record.write_bytes(told)
+    return f"{path.name} read"
+
+
+CHECKS = {"configs": check_config, "commands": check_command, "models": check_model, "records": check_record}
+
+
+def too_long(number: int, frame: Any) -> None:
+    raise AssertionError("more than 20 s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--what", choices=("rows", *CHECKS), default="rows")
+    parser.add_argument("--number", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=str(ROOT / "examples" / "tiny"))
     args = parser.parse_args()
@@ -174,27 +362,40 @@ def main() -> None:
     tokenizer = loading.load_tokenizer(args.model)
     template = chat.chat_template(tokenizer, None)
     counts, slowest, done = Counter(), 0.0, 0
-    with tempfile.TemporaryDirectory() as folder:
-        while done < args.rows:
+    signal.signal(signal.SIGALRM, too_long)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.what in ("models", "records"):
+            make_model(folder / "model", args.model)
+        if args.what == "records":
+            make_run(folder)
+        while done < args.number:
             state = rng.getstate()
             began = time.perf_counter()
-            by_file = done * 2 >= args.rows
+            by_file = args.what != "rows" or done * 2 >= args.number
             try:
-                counts[
-                    check_file(rng, Path(folder)) if by_file else check_row(row(rng), tokenizer, template)
-                ] += 1
+                if args.what != "rows":
+                    signal.alarm(20)
+                    counts[CHECKS[args.what](rng, folder)] += 1
+                elif by_file:
+                    counts[check_file(rng, folder)] += 1
+                else:
+                    counts[check_row(row(rng), tokenizer, template)] += 1
             except ValueError as error:
-                if "\n" in str(error):
+                if "\n" in str(error) or len(str(error)) > 1200:
                     sys.exit(f"an error of several lines: {error!r}")
                 counts["file refused" if by_file else "row refused"] += 1
-            except Exception:
+            except BaseException:
+                signal.alarm(0)
                 rng.setstate(state)
-                made = "a file" if by_file else repr(row(rng))[:2000]
-                sys.exit(f"{traceback.format_exc()}\nrow {done}: {made}")
+                made = args.what if by_file else repr(row(rng))[:2000]
+                sys.exit(f"{traceback.format_exc()}\n{args.what} {done}, seed {args.seed}: {made}")
+            signal.alarm(0)
             slowest = max(slowest, time.perf_counter() - began)
-            done += 4 if by_file else 1
+            done += 4 if args.what == "rows" and by_file else 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{done} rows, seed {args.seed}: {dict(counts)}; slowest {slowest:.2f} s, peak {peak:.2f} GB")
+    said = f"{done} {args.what}, seed {args.seed}: {dict(counts)}"
+    print(f"{said}; slowest {slowest:.2f} s, peak {peak:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import checkpoint
 import encode
 import export
 import fsdp
+import metadata
 import model
 import vocab
 
@@ -252,11 +253,11 @@ def test_members_of_enumerations_and_nothing_else_are_got_by_name(tmp_path):
     enumeration = _MEM_FORMAT_ENCODING
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Asked(enumeration, "TORCH_PRESERVE_FORMAT")))
     with pytest.raises(AttributeError, match="state_dict_metadata"):  # it was read, and is no record
-        checkpoint.SafeReader(str(tmp_path)).read_metadata()
+        metadata.SafeReader(str(tmp_path)).read_metadata()
     for of in ((enumeration, "__class__"), (torch.Size, "__subclasses__")):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(Asked(*of)))
         with pytest.raises(ValueError, match="refusing to load it"):
-            checkpoint.SafeReader(str(tmp_path)).read_metadata()
+            metadata.SafeReader(str(tmp_path)).read_metadata()
 
 
 @pytest.mark.parametrize("content", [Payload(), None, {}], ids=["code", "nothing", "dict"])
@@ -277,7 +278,7 @@ def test_only_tensors_are_read(run, fresh, monkeypatch):
     monkeypatch.setattr(checkpoint, "_state", lambda *lm: state(*lm) | {"extra": Payload()})
     assert "refusing" in checkpoint.save(run, 3, *fresh, ARGS, 2) and names(run) == ["step-1", "step-2"]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_metadata", lambda path: FileSystemReader(str(path)).read_metadata())
+        patch.setattr(metadata, "read", lambda path: FileSystemReader(str(path)).read_metadata())
         assert checkpoint.save(run, 3, *fresh, ARGS, 2) == ""
     with pytest.raises(ValueError, match="step-3.*refus"):
         resume(run, "step-3", fresh)

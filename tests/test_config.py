@@ -401,7 +401,7 @@ CONFIGS = {
     "infinite": ("a.toml", b"lr = inf\n", "--lr: must be a finite number, got inf"),
     "not TOML": ("a.toml", b"lr = \n", "a.toml: not TOML: ", "line 1"),
     "not JSON": ("a.json", b'{"lr": }', "a.json: not JSON: ", "line 1"),
-    "not an object": ("a.json", b"[1]", "a.json: must be one object of flags"),
+    "not an object": ("a.json", b"[1]", "a.json: must be one object"),
     "not UTF-8": ("a.toml", b'model = "\xe9"\n', "a.toml"),
     "absent": ("a.toml", None, "a.toml: no such file"),
 }

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
-EVERYTHING |= {"frozen", "generation", "loading", "lora", "progress", "rundir", "signals", "store", "values"}
-EVERYTHING |= {"vocab"}
+EVERYTHING |= {"frozen", "generation", "loading", "lora", "metadata", "preflight", "progress", "rundir"}
+EVERYTHING |= {"signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"frozen", "objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -39,17 +39,19 @@ MAY_IMPORT = {
     "store": {"arrays", "chat", "data", "encode", "files", "formats", "progress", "ranking", "values"},
     "batch": {"encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
-    "loading": set(),
+    "loading": {"files"},
+    "preflight": {"arrays", "batch", "config", "fsdp", "loading", "model", "rundir", "trackers"},
     "model": {"attention", "files", "loading", "vocab"},
     "fsdp": set(),
     "frozen": {"attention", "batch", "fsdp", "model", "objective", "vocab"},
-    "checkpoint": {"fsdp"},
-    "config": set(),
-    "rundir": {"checkpoint", "config", "fsdp", "signals"},
+    "checkpoint": {"files", "fsdp", "metadata"},
+    "metadata": set(),
+    "config": {"files"},
+    "rundir": {"checkpoint", "config", "files", "fsdp", "signals"},
     "signals": set(),
-    "lora": {"config", "files", "fsdp", "model", "vocab"},
+    "lora": {"config", "files", "fsdp", "loading", "model", "vocab"},
     "export": {"checkpoint", "config", "fsdp", "loading", "lora"},
-    "parts": {"config"},
+    "parts": {"config", "files"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
     "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "loading", "parts", "progress"},

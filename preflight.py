@@ -1,0 +1,82 @@
+"""What can be known of a training before a model is loaded.
+
+    begin     what stops a run at once: its directory, its trackers, the files of its models
+    report    --check: one screen of what would be trained, and on what
+
+Left out: whether the run fits into memory.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+import batch
+import config
+import fsdp
+import loading
+import model
+import rundir
+import trackers
+from arrays import Store
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Fail in one line, or end with exit code 0, for a run that cannot or need not be; nothing is written."""
+    rundir.check_run(args)
+    with config.user_errors():
+        trackers.check(args.log_to)
+        for path in _models(args):
+            loading.check(path, args.weights)
+
+
+def _models(args: argparse.Namespace) -> list[str]:
+    return [path for path in dict.fromkeys((args.model, getattr(args, "reference", None))) if path]
+
+
+def tell_long(units: np.ndarray, batch_size: int, unit: str, say: Callable[..., None]) -> None:
+    """Say which lists count for more than a batch, of `units` (n,): they are not split."""
+    long = units[units > batch_size]
+    if len(long):
+        say(f"{len(long)} of {len(units)} lists have up to {long.max()} {unit}: a step with one is as large")
+
+
+def report(
+    args: argparse.Namespace,
+    tokenizer: Any,
+    train: Store,
+    evaluated: Any,
+    units: np.ndarray,
+    say: Callable[..., None],
+) -> None:
+    """Say what a run of these flags would do: `units` (n,) are what --batch-size counts of each example.
+    Raises ValueError for a model that does not fit its tokenizer, its weights or --max-length, and for a disk
+    that does not hold a checkpoint where there shall be some."""
+    say("flags: " + " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None))
+    steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
+    total = args.epochs * steps_per_epoch * getattr(args, "ppo_epochs", 1)
+    total = total if args.steps is None else args.steps
+    say(f"train: {len(train)} examples, {units.sum()} counted by --batch-size; held out: {len(evaluated)}")
+    say(f"{train.lengths.sum()} tokens and {steps_per_epoch} batches an epoch, {total} steps")
+    sizes = {}
+    for path in _models(args):
+        settings = loading.settings(path, args.trust_remote_code)
+        tensors, numbers = loading.check(path, args.weights)
+        sizes[path] = loading.size(path, settings, tensors, numbers, args.trust_remote_code)
+        text = settings.get_text_config()
+        model.check_positions(path, text, args.max_length)
+        if getattr(args, "method", "") != "csft" and len(tokenizer) > text.vocab_size:
+            raise ValueError(f"{path}: tokenizer has {len(tokenizer)} ids, the embedding {text.vocab_size}")
+        weights = f"{tensors} tensors of {numbers} numbers" if tensors else "weights random, or on the hub"
+        say(f"{path}: {settings.model_type}, {sizes[path]} parameters, {text.vocab_size} ids, {weights}")
+    need, place = 12 * sizes[args.model], Path(args.out).absolute()  # fp32 and the two moments of AdamW
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    said = f"{args.out} has {free / 1e9:.2g} GB free, one checkpoint needs about {need / 1e9:.2g} GB"
+    if args.save_every and free < need:
+        raise ValueError(said)
+    fsdp.finish()
+    say(f"{said}; final/ up to {4 * sizes[args.model] / 1e9:.2g} GB")
