@@ -317,13 +317,13 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f'not a checkpoint\'s record: "{wrong[0]}" is missing or of a wrong type')
     if record["format"] > FORMAT:
         raise ValueError(f"format {record['format']}, this program reads <= {FORMAT}")
-    if record.get("checksum", expected := _record_checksum(record)) != expected:  # older ones have none
-        raise ValueError("it has changed since it was written")
     if record["step"] != _number(path):
         raise ValueError(f"the record of step {record['step']}")
     for name, entry in record["files"].items():  # of this directory, and nothing outside it
         if name != Path(name).name or not isinstance(entry, list) or list(map(type, entry)) != [int, int]:
             raise ValueError(f"not a checkpoint's record: file {name[:80]!r}")
+    if record.get("checksum", expected := _record_checksum(record)) != expected:  # older ones have none
+        raise ValueError("it has changed since it was written")
     return record
 
 

@@ -263,20 +263,17 @@ def skips(
 def _first_not_finite(
     rank: int, works: Sequence[Any], tallies: Sequence[dict[str, Any]], examples: Sequence[Any]
 ) -> str:
-    """Of this rank's micro-batches the first one of which a sum is not finite, or the gradient cannot be: its
+    """Of this rank's micro-batches the first one of which a sum is not finite: its
     examples, and whose number that is; an empty string if there is none."""
     for work, sums in zip(works, tallies):
         bad = [name for name, (total, _) in sums.items() if not total.isfinite()]
-        heavy = [g for g in work.groups if examples[g].weight > 1e15]  # in fp32 its gradient has no square
-        if not bad and not heavy:
+        if not bad:
             continue
         kinds = {name.split("/")[0] for name in bad}
         told = "logps/chosen" in sums and "logps" not in kinds  # the policy's own numbers are finite
         what = "policy" if not told else "reference" if kinds & {"rewards", "kl", "risk"} else "loss"
-        groups = heavy or work.groups
-        ids = hashlib.sha256(repr([examples[g][:2] for g in groups]).encode()).hexdigest()[:12]
-        numbers = ", ".join(map(str, groups[:8])) + ", ..." * (len(groups) > 8)
-        what = "row weight" if heavy else what
+        ids = hashlib.sha256(repr([examples[g][:2] for g in work.groups]).encode()).hexdigest()[:12]
+        numbers = ", ".join(map(str, work.groups[:8])) + ", ..." * (len(work.groups) > 8)
         return f"{what}, rank {rank}, examples {numbers}, sha256 of their ids {ids}"
     return ""
 

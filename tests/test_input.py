@@ -213,7 +213,7 @@ MODELS |= {
     "weights: other": (write("model.safetensors", packed(HEADER) + bytes(8)), "model"),
     "weights: none": (write("model.safetensors", ...), "no model.safetensors"),
     "weights: a pickle": (pickled, "no model.safetensors", "pickle"),
-    "weights: an adapter": (adapter, "an adapter without its model"),
+    "weights: an adapter": (adapter, "holds adapters"),
     "weights: one missing": (without("layers.0.mlp.up_proj"), "1 weights missing", "up_proj"),
     "stops": (edit("generation_config.json", eos_token_id=1.5), "eos_token_id"),
     "stops of a list": (edit("generation_config.json", eos_token_id=[1, "a"]), "eos_token_id"),
