@@ -83,7 +83,7 @@ loop() {
         PYTHONPATH=examples $py label.py --data "$dir/train.jsonl" --by loop:score --pairs best-worst \
             --out "$dir/pairs.jsonl"
         launch align.py configs/demo.toml --model "$from" --data "$dir/pairs.jsonl" --loss "$loss" --seed "$seed" \
-            --lr 3e-5 --sample-prompts 8 --out "$dir" --resume auto
+            --lr 2e-5 --sample-prompts 8 --out "$dir" --resume auto
         heldout "$dir" "$dir/final"
         from=$dir/final
     done

@@ -1115,7 +1115,7 @@ def unsuited(base) -> Path:
 )
 def test_data_that_do_not_suit_a_loss(unsuited, tmp_path, capsys, monkeypatch, loss, table, flags, said):
     """Refused in one line before a model is loaded."""
-    monkeypatch.setattr(fsdp, "init", lambda device: (0, 1, torch.device("cpu")))
+    monkeypatch.setattr(fsdp, "init", lambda *_: (0, 1, torch.device("cpu")))
     monkeypatch.setattr(align.model, "load", lambda *_, **__: pytest.fail("too late"))
     more = [*flags.split(), "--eval-data", unsuited / "held_out.jsonl"]
     argv = arguments(unsuited, tmp_path / "out", table, 4, 1, "--loss", loss, *more)
