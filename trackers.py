@@ -179,6 +179,7 @@ def child() -> None:
         _follow(name, Path(out).resolve(), int(offset), int(step), ended)
     except (Exception, SystemExit) as error:  # a library's, of any kind
         _warn(name, f"stopped by {type(error).__name__}: {error}")
+    sys.stdout.flush()
     os._exit(0)  # past the threads and the exit handlers that the library may have left
 
 
