@@ -39,6 +39,8 @@ DIGESTS = {
     "reference": "another --reference than there is",
     "lora_from": "another --lora-from than there is",
 }
+
+
 def save(
     out: str | Path,
     step: int,
@@ -66,7 +68,7 @@ def save(
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
 
-    mine, files = {}, {}
+    mine, sums = {}, {}
 
     def write() -> None:
         dcp.save(_state(model, optimizer) | (extra or {}), checkpoint_id=str(beside))
@@ -76,14 +78,14 @@ def save(
 
     def publish() -> None:
         if leads:
-            about = {"step": step, "args": args, "world_size": fsdp.ranks()[1], "files": files}
+            about = {"step": step, "args": args, "world_size": fsdp.ranks()[1], "files": sums}
             _publish(beside, target, about)
             _prune(Path(out), keep_last)
 
     problem = _tried(begin, device) or _tried(write, device)
     if not problem:
         for said in fsdp.gathered(json.dumps(mine)):
-            files |= json.loads(said)
+            sums |= json.loads(said)
         problem = _tried(publish, device)
     if problem:
         shutil.rmtree(beside, ignore_errors=True)  # on every rank: --out may be on a disk of its own

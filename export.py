@@ -126,25 +126,27 @@ def _write(
         skeleton.generation_config = lm.generation_config
     body = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
     named = _matched(lm, skeleton, body)
-    values = {name: value for name, value in state.items() if name.startswith("value_head.")}
     with _replacing(out, state) as beside:
         named = {name: v.to(dtype) if v.is_floating_point() else v for name, v in named.items()}
         skeleton.save_pretrained(beside, state_dict=named, max_shard_size=SHARD)
-        if values:
-            save_file(values, beside / "value_head.safetensors")
-        save_tokenizer(tokenizer, beside)
+        _save_along(state, tokenizer, beside)
 
 
 def _write_adapters(settings: Any, state: dict[str, Tensor], tokenizer: Any, out: str | Path) -> None:
     """Save what is trained as peft does, a value head beside it."""
     told, named = lora.as_peft(settings, state)
-    values = {name: value for name, value in state.items() if name.startswith("value_head.")}
     with _replacing(out, state) as beside:
         told.save_pretrained(beside)
         save_file(named, beside / "adapter_model.safetensors", {"format": "pt"})
-        if values:
-            save_file(values, beside / "value_head.safetensors")
-        save_tokenizer(tokenizer, beside)
+        _save_along(state, tokenizer, beside)
+
+
+def _save_along(state: dict[str, Tensor], tokenizer: Any, place: Path) -> None:
+    """A value head, if a state has one, and the tokenizer."""
+    values = {name: value for name, value in state.items() if name.startswith("value_head.")}
+    if values:
+        save_file(values, place / "value_head.safetensors")
+    save_tokenizer(tokenizer, place)
 
 
 def _give_score(lm: nn.Module, state: dict[str, Tensor], tokenizer: Any) -> None:

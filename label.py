@@ -26,7 +26,6 @@ Left out: scores of several scorers in one file.
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import random
@@ -284,9 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = {}
         if args.out:
             sources = " ".join(data.state(source, args.split) for source in args.data)
-            states = {"data_state": sources, "by_state": scoring.state(args.by)}
-            states = {key: hashlib.sha256(state.encode()).hexdigest()[:32] for key, state in states.items()}
-            settings = vars(args) | states
+            settings = vars(args) | parts.states(data=sources, by=scoring.state(args.by))
             if parts.check(args.out, settings):
                 config.tell(f"{args.out} is there: nothing to do")
                 return

@@ -288,7 +288,7 @@ def _read(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise ValueError(f"--lora-from {folder}: no {name}")
     try:
-        told = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+        told = files.read_json(folder / FILES[0])
         tensors = load_file(folder / FILES[1])
         kept = {key: told[key] for key in SETTINGS if key in told}
         made = _peft().LoraConfig(**kept, base_model_name_or_path=args.model)

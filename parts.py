@@ -11,6 +11,7 @@ makes any of them, at any time. Left out: processes that share no file system.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -37,6 +38,11 @@ def check(out: str, settings: dict[str, Any]) -> bool:
     if path.exists():
         shutil.rmtree(folder(out), ignore_errors=True)  # of a kill between the last two steps of `finish`
     return path.exists()
+
+
+def states(**found: str) -> dict[str, str]:
+    """Settings that change when what a flag names does: {"X_state": a hash} of X's state."""
+    return {f"{name}_state": hashlib.sha256(text.encode()).hexdigest()[:32] for name, text in found.items()}
 
 
 def begin(out: str, settings: dict[str, Any]) -> Any:

@@ -7,7 +7,6 @@ Left out: whether the run fits into memory.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any, Callable
 
@@ -17,6 +16,7 @@ import batch
 import config
 import fsdp
 import loading
+import lora
 import model
 import rundir
 import trackers
@@ -33,7 +33,9 @@ def begin(args: argparse.Namespace) -> None:
 
 
 def _models(args: argparse.Namespace) -> list[str]:
-    return [path for path in dict.fromkeys((args.model, getattr(args, "reference", None))) if path]
+    """The models that a run reads; adapters are no model of their own."""
+    apart = "reference" in vars(args) and lora.shared(args) is None
+    return [path for path in dict.fromkeys((args.model, args.reference if apart else None)) if path]
 
 
 def tell_long(units: np.ndarray, batch_size: int, unit: str, say: Callable[..., None]) -> None:
@@ -74,9 +76,6 @@ def report(
     need, place = 12 * sizes[args.model], Path(args.out).absolute()  # fp32 and the two moments of AdamW
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    said = f"{args.out} has {free / 1e9:.2g} GB free, one checkpoint needs about {need / 1e9:.2g} GB"
-    if args.save_every and free < need:
-        raise ValueError(said)
+    said = rundir.room(args, place, need)
     fsdp.finish()
     say(f"{said}; final/ up to {4 * sizes[args.model] / 1e9:.2g} GB")

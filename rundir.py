@@ -126,17 +126,23 @@ def begin(
     with config.user_errors():
         check_weights(model, f"step-{start}")
         if rank == 0:
-            free, need = shutil.disk_usage(args.out).free, checkpoint.size(model, extra)
-            said = f"{args.out} has {free / 1e9:.2g} GB free, one checkpoint needs about {need / 1e9:.2g} GB"
-            if args.save_every and free < need:
-                raise ValueError(said)
-            config.tell(said)
+            config.tell(room(args, Path(args.out), checkpoint.size(model, extra)))
             flags = {key: value for key, value in vars(args).items() if value is not None}
             skipped = rewind_log(args.out, start)
             config.write_json(Path(args.out) / "args.json", flags)
     write_status(args, rank, "running", start, skipped=skipped)
     fsdp.HEALTH["report"] = functools.partial(_report_lost, args)
     signals.wait()
+
+
+def room(args: argparse.Namespace, place: Path, need: int) -> str:
+    """What is free on the disk of a place, and what one checkpoint needs. Raises ValueError if not one fits
+    where there shall be some."""
+    free = shutil.disk_usage(place).free
+    said = f"{args.out} has {free / 1e9:.2g} GB free, one checkpoint needs about {need / 1e9:.2g} GB"
+    if args.save_every and free < need:
+        raise ValueError(said)
+    return said
 
 
 def save(
@@ -263,8 +269,8 @@ def skips(
 def _first_not_finite(
     rank: int, works: Sequence[Any], tallies: Sequence[dict[str, Any]], examples: Sequence[Any]
 ) -> str:
-    """Of this rank's micro-batches the first one of which a sum is not finite: its
-    examples, and whose number that is; an empty string if there is none."""
+    """Of this rank's micro-batches the first one of which a sum is not finite: its examples, and whose number
+    that is; an empty string if there is none."""
     for work, sums in zip(works, tallies):
         bad = [name for name, (total, _) in sums.items() if not total.isfinite()]
         if not bad:

@@ -208,10 +208,10 @@ def vllm_engine(
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     with config.user_errors():
-        states = {"data_state": " ".join(data.state(source, args.split) for source in args.data)}
-        states["model_state"] = data.state(args.model, "") if Path(args.model).exists() else args.model
-        states = {key: hashlib.sha256(state.encode()).hexdigest()[:32] for key, state in states.items()}
-        if parts.check(args.out, vars(args) | states):
+        sources = " ".join(data.state(source, args.split) for source in args.data)
+        place = data.state(args.model, "") if Path(args.model).exists() else args.model
+        settings = vars(args) | parts.states(data=sources, model=place)
+        if parts.check(args.out, settings):
             config.tell(f"{args.out} is there: nothing to do")
             return
         rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{' '.join(args.data)}: no prompt in it ({reasons})")
         engine = vllm_engine if args.engine == "vllm" else transformers_engine
         answers = engine(args, tokenizer, template, device)
-        lock = parts.begin(args.out, vars(args) | states) if rank == 0 else None  # noqa: F841  held
+        lock = parts.begin(args.out, settings) if rank == 0 else None  # noqa: F841  held
         fsdp.barrier()
         left_out = Counter()
         prompts = islice(asked(args, tokenizer, template, left_out), args.prompts)

@@ -558,6 +558,12 @@ CHECKS = {
 }
 
 
+def test_check_of_adapters_asks_for_no_model_named_base(place, capfd):
+    # red: _models with --reference whatever shares the policy: a hub is asked for "base"
+    argv = train("--check", "--lora-rank", "2", "--reference", "base")[1]
+    assert exit_code(align.main, argv) is None, capfd.readouterr().err
+
+
 @pytest.mark.parametrize("case", CHECKS)
 def test_check_refuses_what_a_run_would(case, place, refused, monkeypatch):
     # red: report without check_positions, or without the need of a checkpoint

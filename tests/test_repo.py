@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "batch": {"encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "loading": {"files"},
-    "preflight": {"arrays", "batch", "config", "fsdp", "loading", "model", "rundir", "trackers"},
+    "preflight": {"arrays", "batch", "config", "fsdp", "loading", "lora", "model", "rundir", "trackers"},
     "model": {"attention", "files", "loading", "vocab"},
     "fsdp": set(),
     "frozen": {"attention", "batch", "fsdp", "model", "objective", "vocab"},

@@ -34,14 +34,6 @@ STOP = [2, *range(100, 1100)]  # an eighth of the vocabulary
 SIX = ("llama", "gpt2", "gpt-neox", "gemma2", "qwen3", "opt")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def no_group():
     """A script that fails leaves its process group behind."""
