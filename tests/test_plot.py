@@ -250,9 +250,12 @@ def test_whatever_rows_hold_is_shown(tmp_path_factory, rows, status):
 
 
 def start(*argv):
+    """As from a terminal: a shell that runs the tests in the background has them ignore SIGINT, and what they
+    start."""
     line = [sys.executable, "plot.py", *map(str, argv)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(line, cwd=ROOT, text=True, **pipes)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(line, cwd=ROOT, text=True, **how)
 
 
 def until(told, seconds=20):
