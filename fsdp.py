@@ -9,8 +9,10 @@ read between them.
 Left out: tensor, pipeline and expert parallelism; CPU offload.
 """
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -33,8 +35,9 @@ from torch.distributed.tensor import DTensor
 
 # What the thread of `_watch` says of this rank and knows of the others.
 HEALTH: dict[str, Any] = {
-    "calls": 0, "heard": {}, "pause": 1.0, "store": None, "report": lambda reason: None,
+    "calls": 0, "heard": {}, "pause": 1.0, "store": None, "still": None, "report": lambda reason: None,
 }  # fmt: skip
+OVER = threading.Event()  # the thread shall end
 
 
 def init(device: str, timeout_minutes: float = 60) -> tuple[int, int, torch.device]:
@@ -83,8 +86,11 @@ def _join(backend: str, timeout: timedelta) -> None:
         raise ValueError(f"{missing} has not come within --timeout-minutes") from error
     # a connection of its own: on the first one a call may wait
     HEALTH["store"] = store.clone()
+    OVER.clear()
     sys.excepthook = _explain
-    threading.Thread(target=_watch, args=(HEALTH["store"], timeout.total_seconds()), daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(HEALTH["store"], timeout.total_seconds()), daemon=True)
+    watch.start()
+    HEALTH["still"] = atexit.register(functools.partial(_still, watch))
 
 
 def _watch(store: dist.Store, timeout: float) -> None:
@@ -94,7 +100,7 @@ def _watch(store: dist.Store, timeout: float) -> None:
     others = [other for other in range(world_size) if other != rank]
     HEALTH["heard"] = {other: ("", time.monotonic()) for other in others}
     HEALTH["pause"] = min(1.0, timeout / 20)
-    while HEALTH["store"] is store:
+    while not OVER.is_set():
         with contextlib.suppress(RuntimeError):  # whoever holds the store may be gone: then all are silent
             store.set(f"alive-{rank}", f"{time.monotonic()} {HEALTH['calls']}")
             for other, word in zip(others, store.multi_get([f"alive-{other}" for other in others])):
@@ -102,7 +108,13 @@ def _watch(store: dist.Store, timeout: float) -> None:
                     HEALTH["heard"][other] = word, time.monotonic()
         if silent := _silent(0.8 * timeout):
             _end(silent, f"no sign of life for {0.8 * timeout:.3g} s")
-        time.sleep(HEALTH["pause"])
+        OVER.wait(HEALTH["pause"])
+
+
+def _still(watch: threading.Thread) -> None:
+    """End the thread before the interpreter ends, which it would abort from within a call of the store's."""
+    OVER.set()
+    watch.join(5)
 
 
 def _silent(seconds: float) -> list[int]:
@@ -263,7 +275,7 @@ def barrier() -> None:
 
 def finish() -> None:
     if store := HEALTH["store"]:
-        HEALTH["store"] = None
+        HEALTH["still"]()
         with contextlib.suppress(RuntimeError):
             store.set(f"alive-{ranks()[0]}", "done")
     if dist.is_initialized():
