@@ -14,6 +14,7 @@ Left out: cached references.
 
 import argparse
 import functools
+import itertools
 import math
 import sys
 import time
@@ -166,7 +167,7 @@ def evaluate(
     objective: Objective,
     policy: model.LanguageModel,
     reference: model.LanguageModel | None,
-    examples: list[encode.Encoded],
+    examples: arrays.Store,
     delta: Tensor,
     args: argparse.Namespace,
     device: torch.device,
@@ -174,12 +175,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Means over the held-out examples, all ranks together; `between` micro-batches all of them may leave."""
     rank, world_size = fsdp.ranks()
-    lengths = [example.tokens for example in examples]
-    keys = [example.prompt_key for example in examples]
-    partners = batch.partners(keys, range(len(keys))) if objective.mismatches else None
-    works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
+    works = batch.plan(examples.lengths, len(examples), world_size, args.tokens_per_microbatch, None)[0][rank]
     how = objective.pairs or "best-worst"
-    packs, strangers = batch.packs(examples, works, partners, args.max_length, how, device)
+    packs = strangers = batch.packs(examples, works, how, device)
+    if objective.mismatches:
+        partners = batch.partners(examples.arrays.prompts, range(len(examples)))
+        strangers = batch.packs(examples.mismatched(partners, args.max_length), works, how, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
     subsets, tallies = ranking.pairs_by_subset(examples, how), []
     for work, pack, found in progress.bar(zip(works, packs, founds), "evaluation", len(packs)):
@@ -224,9 +225,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluated = []
         if held_out:
             evaluated = load_examples(held_out, "test", tokenizer, template, objective, args, say)
-            evaluated = arrays.subset(evaluated, args.eval_examples)
+            evaluated = evaluated.subset(args.eval_examples)
             where = f"{' '.join(held_out)} at --eval-examples {args.eval_examples}"
-            check_partners(objective, where, [example.prompt_key for example in evaluated])
+            check_partners(objective, where, evaluated.arrays.prompts)
         units, unit, how = objective.counts(train), objective.batch_unit, objective.pairs or "best-worst"
         preflight.tell_long(units, args.batch_size, unit, say)
         if args.check:
@@ -287,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trackers.start(args, rank, start)
     log = functools.partial(rundir.write_row, args, rank, total)
-    asked = evaluated[: args.sample_prompts]
+    asked = list(itertools.islice(evaluated, args.sample_prompts))
     show = functools.partial(generation.show, policy, asked, [], tokenizer, template, args.out)
     leave = functools.partial(rundir.leave_if_told, args, policy, optimizer, made, extra, device)
 
@@ -299,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             budget = args.tokens_per_microbatch
             plan = batch.plan(lengths, args.batch_size, world_size, budget, args.seed, epoch, units)
             order = batch.epoch_order(len(train), args.seed, epoch)
-            partners = batch.partners(train.arrays.prompts, order) if objective.mismatches else None
+            if objective.mismatches:
+                partners = batch.partners(train.arrays.prompts, order)
+                others = train.mismatched(partners, args.max_length)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         delta = running_mean(running, device)  # ()
@@ -317,7 +320,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             works = shares[rank]
             counted = [g for share in shares for work in share if work.counted for g in work.groups]
             number = sum(objective.units(train[group]) for group in counted)
-            packs, strangers = batch.packs(train, works, partners, args.max_length, how, device)
+            packs = strangers = batch.packs(train, works, how, device)
+            if objective.mismatches:
+                strangers = batch.packs(others, works, how, device)
             # (A) frozen: what the loss may not change
             with torch.no_grad():
                 states = [hidden_states(reference, pack) if reference else None for pack in packs]  # (N, D)

@@ -26,6 +26,7 @@ class Arrays(NamedTuple):
     sizes: np.ndarray  # (m,) tokens of each piece
     scores: np.ndarray  # (m,) of completions; 0 for a prompt
     labels: np.ndarray  # (m,) is the completion desirable; False for a prompt
+    places: np.ndarray  # (m,) how many trained tokens stand before each piece, of all that were written
     first: np.ndarray  # (n + 1,) index into m of each example's prompt, and m
     weights: np.ndarray  # (n,)
     margins: np.ndarray  # (n,)
@@ -33,9 +34,9 @@ class Arrays(NamedTuple):
     subsets: np.ndarray  # (n,) UTF-8, the first 32 bytes of a longer name
 
 
-PIECES = ("starts", "sizes", "scores", "labels")
+PIECES = ("starts", "sizes", "scores", "labels", "places")
 EXAMPLES = ("weights", "margins", "prompts", "subsets")
-TYPES = Arrays("<i4", "?", "<i8", "<i4", "<f8", "?", "<i8", "<f8", "<f8", "<i8", "S32")
+TYPES = Arrays("<i4", "?", "<i8", "<i4", "<f8", "?", "<i8", "<i8", "<f8", "<f8", "<i8", "S32")
 
 
 class Store(Sequence):
@@ -63,6 +64,7 @@ class Store(Sequence):
             float(found.margins[index]),
             found.labels[completions].tolist(),
             subset=found.subsets[index].decode(errors="ignore"),
+            places=found.places[completions].tolist(),
         )
 
     @property
@@ -173,11 +175,37 @@ class Store(Sequence):
         chosen = np.sort(np.concatenate([np.tile(np.arange(len(self)), int(whole)), drawn]).astype(np.int64))
         if not len(chosen):
             raise ValueError(f"a weight of {weight} leaves none of {len(self)} rows")
+        return self._examples(chosen, f"{self.digest} x {weight}, seed {seed}")
+
+    def subset(self, size: int) -> "Store":
+        """The same `size` examples in every run, whatever its seed."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).numpy()
+        return self._examples(np.sort(order[:size]), f"{self.digest}, {size} of them")
+
+    def _examples(self, chosen: np.ndarray, digest: str) -> "Store":
+        """These examples, by index."""
         found = self.arrays
         counts = np.diff(found.first)[chosen]  # (k,) pieces
         first = np.concatenate([[0], counts.cumsum()])  # (k + 1,)
         pieces = np.repeat(found.first[chosen] - first[:-1], counts) + np.arange(first[-1])
-        return self._made_of(first, pieces, chosen, f"{self.digest} x {weight}, seed {seed}")
+        return self._made_of(first, pieces, chosen, digest)
+
+    def mismatched(self, partners: np.ndarray, max_length: int) -> "Store":
+        """Every prompt with completions of its partner's (n,), as many as its own, in turn, cut on the right
+        to max_length; scores and labels stay. Their places are counted in all tokens of completions."""
+        found = self.arrays
+        pieces = self.completions  # (c,)
+        owners = np.repeat(np.arange(len(self)), self.sizes)  # (c,)
+        lenders = partners[owners]  # (c,) examples
+        turns = pieces - found.first[owners] - 1  # (c,) 0, 1, ... of each example
+        borrowed = found.first[lenders] + 1 + turns % self.sizes[lenders]  # (c,) pieces
+        starts, sizes = np.array(found.starts), np.array(found.sizes)
+        starts[pieces] = found.starts[borrowed]
+        sizes[pieces] = np.minimum(found.sizes[borrowed], max_length - found.sizes[found.first[owners]])
+        counts = np.zeros(len(sizes), np.int64)
+        counts[pieces] = sizes[pieces]
+        moved = found._replace(starts=starts, sizes=sizes, places=counts.cumsum() - counts)
+        return Store(moved, f"{self.digest} mismatched")
 
 
 @dataclass
@@ -198,12 +226,6 @@ class Chained:
         return self.parts[part][span.start - begin : span.stop - begin]
 
 
-def subset(examples: Sequence[Encoded], size: int) -> list[Encoded]:
-    """The same `size` examples in every run, whatever its seed."""
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-    return [examples[index] for index in sorted(order[:size])]
-
-
 def joined(stores: Sequence[Store]) -> Store:
     """Several stores as one, in their order."""
     arrays = [store.arrays for store in stores]
@@ -213,7 +235,10 @@ def joined(stores: Sequence[Store]) -> Store:
     plain = {
         name: np.concatenate([getattr(found, name) for found in arrays]) for name in (*PIECES, *EXAMPLES)
     }
-    plain["starts"] = np.concatenate([found.starts + begin for found, begin in zip(arrays, tokens)])
+    masks = [getattr(found.trained, "parts", [found.trained]) for found in arrays]
+    trained = np.cumsum([0, *[sum(map(np.count_nonzero, parts)) for parts in masks]])
+    for name, before in (("starts", tokens), ("places", trained)):
+        plain[name] = np.concatenate([getattr(found, name) + begin for found, begin in zip(arrays, before)])
     texts = {name: Chained([getattr(found, name) for found in arrays]) for name in ("ids", "trained")}
     first = np.concatenate([[0], *ends])
     return Store(Arrays(**texts, **plain, first=first), "; ".join(store.digest for store in stores))

@@ -2,7 +2,7 @@
 
     pack           Encoded, ... -> Pack (one row of ids without padding, and the indices the head and losses
     need)
-    mismatched     an example's prompt with the next one's answers, for KTO's estimate of the KL
+    partners       whose answers an example's prompt gets, for KTO's estimate of the KL
     packs          the micro-batches of a rank
     plan           lengths -> every optimiser step's groups, rank by rank, micro-batch by micro-batch
 
@@ -30,6 +30,7 @@ class Pack(NamedTuple):
     predict: Tensor  # (N,) index into T of the state that predicts each trained token
     targets: Tensor  # (N,) its token id
     response: Tensor  # (N,) its response
+    tokens: Tensor | None  # (N,) its place among the trained tokens of a store, if the groups come from one
     ends: Tensor  # (R,) index into T of each response's last token
     scores: Tensor  # (R,)
     desirable: Tensor  # (R,) bool
@@ -55,23 +56,25 @@ class Work(NamedTuple):
 def pack(groups: Sequence[Encoded], counted: bool = True, pairs: str = "best-worst") -> Pack:
     """Groups end to end in one row, nothing padded. `counted` False makes every weight 0 (a filler)."""
     ids, positions, sizes, predict, targets, response, ends, scores, weights = ([] for _ in range(9))
-    labels, members, found, margins = ([] for _ in range(4))
+    labels, members, found, margins, tokens = ([] for _ in range(5))
     for number, group in enumerate(groups):
         start = len(ids)
         prompt = len(group.prompt)
         first_response = len(ends)
         ids += group.prompt
         positions += range(prompt)
-        for completion, trained in zip(group.completions, group.trained):
-            begin = len(ids)
+        for turn, (completion, trained) in enumerate(zip(group.completions, group.trained)):
+            begin, before = len(ids), len(predict)
             ids += completion
             positions += range(prompt, prompt + len(completion))
             for index, wanted in enumerate(trained):
-                if wanted:
+                if wanted and (index or prompt):  # nothing predicts the first token of all
                     # the prompt's last state predicts the first token of every completion
                     predict.append(begin + index - 1 if index else start + prompt - 1)
                     targets.append(completion[index])
                     response.append(len(ends))
+            if group.places:
+                tokens += range(group.places[turn], group.places[turn] + len(predict) - before)
             ends.append(len(ids) - 1)
         sizes.append((prompt, [len(completion) for completion in group.completions]))
         scores += group.scores
@@ -90,6 +93,7 @@ def pack(groups: Sequence[Encoded], counted: bool = True, pairs: str = "best-wor
         torch.tensor(predict),
         torch.tensor(targets),
         torch.tensor(response),
+        torch.tensor(tokens) if tokens else None,
         torch.tensor(ends),
         torch.tensor(scores),
         torch.tensor(labels),
@@ -150,35 +154,11 @@ def partners(prompts: Sequence[int], order: Sequence[int]) -> np.ndarray:
     return found
 
 
-def mismatched(example: Encoded, other: Encoded, max_length: int) -> Encoded:
-    """An example's prompt with another's completions, as many as its own; cut on the right to max_length."""
-    taken = [j % len(other.completions) for j in range(len(example.completions))]
-    room = max_length - len(example.prompt)
-    completions = [other.completions[j][:room] for j in taken]
-    masks = [other.trained[j][:room] for j in taken]
-    if not example.prompt:
-        masks = [[False, *mask[1:]] for mask in masks]  # nothing predicts the first token of all
-    return example._replace(completions=completions, trained=masks)
-
-
 def packs(
-    examples: Sequence[Encoded],
-    works: Sequence["Work"],
-    partners: np.ndarray | None,
-    max_length: int,
-    how: str,
-    device: torch.device,
-) -> tuple[list[Pack], list[Pack]]:
-    """The micro-batches of a rank, and their prompts with the answers of their partners' (or, without
-    partners, the same again); `how` are pairs made."""
-    found = [pack([examples[g] for g in work.groups], work.counted, how).to(device) for work in works]
-    if partners is None:
-        return found, found
-    strangers = []
-    for work in works:
-        groups = [mismatched(examples[g], examples[partners[g]], max_length) for g in work.groups]
-        strangers.append(pack(groups, work.counted).to(device))
-    return found, strangers
+    examples: Sequence[Encoded], works: Sequence["Work"], how: str, device: torch.device
+) -> list[Pack]:
+    """The micro-batches of a rank; `how` are pairs made."""
+    return [pack([examples[g] for g in work.groups], work.counted, how).to(device) for work in works]
 
 
 def plan(

@@ -46,6 +46,7 @@ class Encoded(NamedTuple):
     key: int | None = None  # of the prompt, where `prompt` is not all of it
     remark: str = ""  # what was done to the row that its owner may not expect
     subset: str = ""  # of the held-out examples
+    places: list[int] = []  # per completion: trained tokens before it, where values of tokens are kept
 
     @property
     def prompt_key(self) -> int:

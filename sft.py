@@ -11,6 +11,7 @@ of trained tokens of the whole step.
 
 import argparse
 import functools
+import itertools
 import math
 import sys
 import time
@@ -111,7 +112,7 @@ def forward(policy: model.LanguageModel, pack: batch.Pack) -> losses.Loss:
 @torch.no_grad()
 def evaluate(
     policy: model.LanguageModel,
-    examples: list[encode.Encoded],
+    examples: arrays.Store,
     args: argparse.Namespace,
     device: torch.device,
     between: Callable = lambda: None,
@@ -119,9 +120,8 @@ def evaluate(
     """Means over the trained tokens of the held-out examples, all ranks together; `between` micro-batches all
     of them may leave."""
     rank, world_size = fsdp.ranks()
-    lengths = [example.tokens for example in examples]
     tallies = []
-    works = batch.plan(lengths, len(lengths), world_size, args.tokens_per_microbatch, None)[0][rank]
+    works = batch.plan(examples.lengths, len(examples), world_size, args.tokens_per_microbatch, None)[0][rank]
     for work in progress.bar(works, "evaluation"):
         between()
         pack = batch.pack([examples[index] for index in work.groups], work.counted).to(device)
@@ -164,8 +164,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             lora.check_rows(args, tokenizer.add_tokens(list(chat.CONTROL_TOKENS), special_tokens=True))
         train = load_examples(args.data, "train", tokenizer, template, args, say)
         held_out = data.held_out(args.data, args.eval_data)
-        evaluated = load_examples(held_out, "test", tokenizer, template, args, say) if held_out else []
-        evaluated = arrays.subset(evaluated, args.eval_examples)
+        evaluated = []
+        if held_out:
+            evaluated = load_examples(held_out, "test", tokenizer, template, args, say)
+            evaluated = evaluated.subset(args.eval_examples)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, np.ones(len(train), int), say)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
@@ -206,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trackers.start(args, rank, start)
     log = functools.partial(rundir.write_row, args, rank, total)
     ask = tokenizer.convert_tokens_to_ids(list(chat.CONTROL_TOKENS)[: args.method == "csft"])
-    asked = evaluated[: args.sample_prompts]
+    asked = list(itertools.islice(evaluated, args.sample_prompts))
     show = functools.partial(generation.show, policy, asked, ask, tokenizer, template, args.out)
     leave = functools.partial(rundir.leave_if_told, args, policy, optimizer, made, {}, device)
 

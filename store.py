@@ -43,6 +43,7 @@ from encode import Encoded
 from formats import Example, Fault
 
 CHUNK = 256  # rows encoded at a time
+UNSEEN = ("places", "subsets")  # what training does not depend on
 INLINE = 8  # chunks encoded before other processes are worth their start of a few seconds
 
 
@@ -179,7 +180,7 @@ def _write(
     shutil.rmtree(place, ignore_errors=True)
     beside.mkdir()
     total = Tally(0, Counter(), {}, {})
-    tokens = pieces = 0
+    tokens = pieces = trained = 0
     hashes = [hashlib.sha256() for _ in Arrays._fields]
     try:
         with contextlib.ExitStack() as stack:
@@ -187,16 +188,18 @@ def _write(
             opened.first.write(np.zeros(1, TYPES.first).tobytes())
             for part, tally in _encoded(progress.bar(rows, "rows"), encoding, say):
                 total = total.plus(tally)
-                part = part._replace(starts=part.starts + tokens, first=part.first + pieces)
+                moved = {"starts": part.starts + tokens, "places": part.places + trained}
+                part = part._replace(**moved, first=part.first + pieces)
                 tokens += len(part.ids)
+                trained += np.count_nonzero(part.trained)
                 pieces += len(part.sizes)
                 for file, array, kind, digest in zip(opened, part, TYPES, hashes):
                     raw = np.ascontiguousarray(array, kind).tobytes()
                     file.write(raw)
                     digest.update(raw)
         sample = files.fingerprint(beside / name for name in Arrays._fields)
-        trained = [one.hexdigest() for name, one in zip(Arrays._fields, hashes) if name != "subsets"]
-        digest = hashlib.sha256("".join(trained).encode()).hexdigest()
+        depended = [one.hexdigest() for name, one in zip(Arrays._fields, hashes) if name not in UNSEEN]
+        digest = hashlib.sha256("".join(depended).encode()).hexdigest()
         about = About(*total, sorted(map(str, unread)), digest, sample)
         (beside / "about.json").write_text(json.dumps(about._asdict()), encoding="utf-8")
         os.replace(beside, place)
@@ -287,11 +290,13 @@ def _encode_chunk(encoding: Encoding, rows: list[Example | Fault | str]) -> tupl
 
 
 def _flat(examples: Iterable[Encoded]) -> Arrays:
-    found = Arrays(*[[] for _ in Arrays._fields])
+    found, place = Arrays(*[[] for _ in Arrays._fields]), 0
     for example in examples:
         blank = [False] * len(example.prompt)
         for ids, trained in zip([example.prompt, *example.completions], [blank, *example.trained]):
             found.starts.append(len(found.ids))
+            found.places.append(place)
+            place += sum(trained)
             found.sizes.append(len(ids))
             found.ids.extend(ids)
             found.trained.extend(trained)

@@ -142,17 +142,6 @@ def test_partners_are_the_next_of_another_prompt(seed):
         batch.partners([7] * 3, range(3))
 
 
-def test_mismatched_answers_are_cut_and_borrowed_in_turn():
-    # red: the partner shortened in place; an untrained first token without a prompt forgotten
-    mine, other = encoded([1, 2, 3], [4], [5], [6]), encoded([9], [10, 11, 12], [13])
-    found = batch.mismatched(mine, other, 5)
-    assert found.prompt == [1, 2, 3] and found.completions == [[10, 11], [13], [10, 11]]
-    assert other.completions == [[10, 11, 12], [13]]
-    bare = batch.mismatched(encoded([], [4]), other, 5)
-    assert (bare.completions, bare.trained) == ([[10, 11, 12]], [[False, True, True]])
-    assert batch.pack([bare]).predict.tolist() == [0, 1]
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_a_step_takes_whole_groups_and_every_epoch_as_many_steps(seed):
     # red: border by the group's first unit, which leaves an empty last step
