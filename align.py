@@ -8,8 +8,6 @@ optimiser step, top to bottom: plan -> pack -> (A) frozen: the reference's hidde
 fix before a step -> (B) the policy's hidden states, the head in chunks, the loss, backward, per micro-batch
 -> clip -> AdamW -> log. The sum of the losses is divided by the number of pairs, responses or tokens of the
 whole step, so nothing depends on ranks, micro-batches or packing.
-
-Left out: cached references.
 """
 
 import argparse
@@ -40,12 +38,13 @@ import model
 import preflight
 import progress
 import ranking
+import references
 import rundir
 import signals
 import store
 import trackers
 import vocab
-from frozen import freeze, hidden_states
+from frozen import Cached, freeze, hidden_states, of_reference, token_statistics
 from objective import HELPERS, LOSSES, RISKS, Frozen, Objective, check_partners, check_start
 from objective import make_objective, means, resolve, seen, statistics, tally
 
@@ -56,6 +55,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     # fmt: off
     add("--model", required=True, help="policy to start from: a directory or a hub name")
     add("--reference", default=None, help="frozen model; None: the policy's start; adapters: base, start")
+    add("--cache-reference", default=None, metavar="DIR", help="its values, computed once and kept there")
+    add("--cache-hidden", type=config.boolean, default=False, help="keep its distributions, not only logps")
+    add("--cache-reference-only", type=config.boolean, default=False, help="fill the cache and end")
+    add("--yes", type=config.boolean, default=False, help="go on where the disk looks too small")
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
     add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half")
     add("--eval-data", default=None, nargs="+", help="held-out rows; None: the test split of a named --data")
@@ -94,6 +97,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = config.parse(made, argv)
     resolve(args)
     lora.resolve(args)
+    references.resolve(args)
     return args
 
 
@@ -133,24 +137,40 @@ def load_examples(
     return found
 
 
+def load_splits(
+    tokenizer: Any, template: Any, objective: Objective, args: argparse.Namespace, say: Callable
+) -> tuple[arrays.Store, arrays.Store | list]:
+    """What is trained on, and what is held out, which may be nothing."""
+    train = load_examples(args.data, "train", tokenizer, template, objective, args, say)
+    check_partners(objective, " ".join(args.data), train.arrays.prompts)
+    held_out = data.held_out(args.data, args.eval_data)
+    if not held_out:
+        return train, []
+    evaluated = load_examples(held_out, "test", tokenizer, template, objective, args, say)
+    evaluated = evaluated.subset(args.eval_examples)
+    where = f"{' '.join(held_out)} at --eval-examples {args.eval_examples}"
+    check_partners(objective, where, evaluated.arrays.prompts)
+    return train, evaluated
+
+
 def forward(
     objective: Objective,
     policy: model.LanguageModel,
-    reference: model.LanguageModel | None,
+    reference: model.LanguageModel | Cached | None,
     pack: batch.Pack,
-    states: Tensor | None,
+    known: Tensor | None,
     frozen: Frozen,
 ) -> tuple[losses.Loss, dict[str, Tensor | None]]:
-    """One micro-batch from ids to losses; `states` are the reference's hidden states (N, D) or None."""
+    """One micro-batch from ids to losses; `known` are the reference's hidden states (N, D), or cached
+    log-probabilities (N,), or None."""
     hidden = hidden_states(policy, pack, objective.scores)  # (N, D), or (R, D) for a reward model
     tokens, values, scores = vocab.Tokens(), None, None
     if objective.scores:
         scores = policy.lm.score(hidden)[:, 0]  # (R,)
     else:
-        twin = (states, reference.head) if reference else None
         drift = (objective.measure, objective.through)
         wanted = "token_entropy" in objective.needs
-        tokens = vocab.token_statistics(hidden, policy.head, pack.targets, twin, *drift, entropy=wanted)
+        tokens = token_statistics(hidden, policy, reference, pack, known, *drift, entropy=wanted)
     if policy.value_head is not None:
         values = policy.value_head(hidden.detach())[:, 0]  # (N,) the critic does not train the body
     stats = statistics(pack, tokens, bool(objective.pairs), frozen, values, scores)
@@ -166,11 +186,11 @@ def forward(
 def evaluate(
     objective: Objective,
     policy: model.LanguageModel,
-    reference: model.LanguageModel | None,
+    reference: model.LanguageModel | Cached | None,
     examples: arrays.Store,
-    delta: Tensor,
     args: argparse.Namespace,
     device: torch.device,
+    delta: Tensor,
     between: Callable = lambda: None,
 ) -> dict[str, Any]:
     """Means over the held-out examples, all ranks together; `between` micro-batches all of them may leave."""
@@ -185,8 +205,8 @@ def evaluate(
     subsets, tallies = ranking.pairs_by_subset(examples, how), []
     for work, pack, found in progress.bar(zip(works, packs, founds), "evaluation", len(packs)):
         between()
-        states = hidden_states(reference, pack) if reference else None  # (N, D)
-        out, stats = forward(objective, policy, reference, pack, states, found)
+        known = of_reference(reference, pack)  # (N, D) or (N,)
+        out, stats = forward(objective, policy, reference, pack, known, found)
         mine = {s: [k for k, g in enumerate(work.groups) if examples[g].subset == s] for s in subsets}
         tallies.append(tally(objective, out, stats, pack, mine))
     # no backward will, and the next forward must gather what the optimiser writes until then
@@ -219,30 +239,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template.name}")
-        train = load_examples(args.data, "train", tokenizer, template, objective, args, say)
-        check_partners(objective, " ".join(args.data), train.arrays.prompts)
-        held_out = data.held_out(args.data, args.eval_data)
-        evaluated = []
-        if held_out:
-            evaluated = load_examples(held_out, "test", tokenizer, template, objective, args, say)
-            evaluated = evaluated.subset(args.eval_examples)
-            where = f"{' '.join(held_out)} at --eval-examples {args.eval_examples}"
-            check_partners(objective, where, evaluated.arrays.prompts)
+        train, evaluated = load_splits(tokenizer, template, objective, args, say)
         units, unit, how = objective.counts(train), objective.batch_unit, objective.pairs or "best-worst"
         preflight.tell_long(units, args.batch_size, unit, say)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, units, say)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
-        masters = dtype if lora.wanted(args) else torch.float32
+        masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32
         policy = model.load(args.model, masters, *options, reward_model=objective.scores)
-        reference = None
         same_weights = objective.has_reference and lora.equal_at_start(args)
         shared = lora.shared(args) if objective.has_reference else None
-        if shared is not None:
+        found = references.find(args, objective, train, evaluated, policy, say)
+        reference = None
+        if found and not found.lacking:
+            pass  # all that it says is known
+        elif shared is not None:
             reference = lora.Reference(policy, shared)
         elif same_weights:
-            reference = model.copied(policy, dtype)
+            reference = policy if found else model.copied(policy, dtype)
         elif objective.has_reference:
             reference = model.load(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
         model.check_vocabulary(tokenizer, policy, reference)
@@ -259,9 +274,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
-    if reference is not None and shared is None:
+    if isinstance(reference, model.LanguageModel) and reference is not policy:
         reference.requires_grad_(False)
         fsdp.shard(reference, reference.blocks, dtype, device)
+    with config.user_errors():
+        reference, of_held_out = references.ready(found, reference, args, device, say)
+    if args.cache_reference_only:
+        return fsdp.finish()
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
@@ -288,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trackers.start(args, rank, start)
     log = functools.partial(rundir.write_row, args, rank, total)
+    judge = functools.partial(evaluate, objective, policy, of_held_out, evaluated, args, device)
     asked = list(itertools.islice(evaluated, args.sample_prompts))
     show = functools.partial(generation.show, policy, asked, [], tokenizer, template, args.out)
     leave = functools.partial(rundir.leave_if_told, args, policy, optimizer, made, extra, device)
@@ -299,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             # the same on every rank: each step's groups, rank by rank and micro-batch by micro-batch
             budget = args.tokens_per_microbatch
             plan = batch.plan(lengths, args.batch_size, world_size, budget, args.seed, epoch, units)
-            order = batch.epoch_order(len(train), args.seed, epoch)
+            # cached values of mismatched answers are those of the data's order
+            order = batch.epoch_order(len(train), None if found else args.seed, epoch)
             if objective.mismatches:
                 partners = batch.partners(train.arrays.prompts, order)
                 others = train.mismatched(partners, args.max_length)
@@ -308,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         delta = running_mean(running, device)  # ()
         leave(step)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            row = evaluate(objective, policy, reference, evaluated, delta, args, device, lambda: leave(step))
+            row = judge(delta, lambda: leave(step))
             log(row | {"step": step})
             show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
@@ -325,14 +346,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 strangers = batch.packs(others, works, how, device)
             # (A) frozen: what the loss may not change
             with torch.no_grad():
-                states = [hidden_states(reference, pack) if reference else None for pack in packs]  # (N, D)
+                states = [of_reference(reference, pack) for pack in packs]  # (N, D) or (N,)
             frozen, logged = freeze(objective, policy, reference, packs, strangers, delta)
         # (B) gradient
         tallies = []
         for pack, twin, found in zip(packs, states, frozen):
             out, stats = forward(objective, policy, reference, pack, twin, found)
             if step == 0 and same_weights:
-                check_start(stats)
+                check_start(stats, references.TOLERANCE[args.dtype] if found else 0.0)
             # FSDP averages over ranks; the sum over all units of the step is divided by their number
             ((out.losses @ objective.weights(pack)) * (world_size / number)).backward()
             tallies.append(tally(objective, out, stats, pack))
@@ -359,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if evaluated:
         delta = running_mean(running, device)  # ()
-        row = evaluate(objective, policy, reference, evaluated, delta, args, device, lambda: leave(total))
+        row = judge(delta, lambda: leave(total))
         log(row | {"step": total})
         show(total)
     if total > 0:

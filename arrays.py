@@ -42,9 +42,10 @@ TYPES = Arrays("<i4", "?", "<i8", "<i4", "<f8", "?", "<i8", "<i8", "<f8", "<f8",
 class Store(Sequence):
     """A sequence of Encoded, each made from the arrays when it is asked for."""
 
-    def __init__(self, arrays: Arrays, digest: str = "") -> None:
+    def __init__(self, arrays: Arrays, digest: str = "", source: str = "") -> None:
         self.arrays = arrays
-        self.digest = digest  # of the caches it comes from
+        self.digest = digest  # of the caches it comes from, and what was chosen of them
+        self.source = source or digest  # of the caches alone: what `places` belong to
 
     def __len__(self) -> int:
         return len(self.arrays.weights)
@@ -71,6 +72,11 @@ class Store(Sequence):
     def lengths(self) -> np.ndarray:
         """Tokens of each example: (n,)."""
         return np.add.reduceat(self.arrays.sizes, self.arrays.first[:-1], dtype=np.int32)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Of all that were written, chosen or not: what `places` count."""
+        return sum(map(np.count_nonzero, getattr(self.arrays.trained, "parts", [self.arrays.trained])))
 
     @property
     def sizes(self) -> np.ndarray:
@@ -107,7 +113,7 @@ class Store(Sequence):
         found = self.arrays
         moved = {name: getattr(found, name)[pieces] for name in PIECES}
         moved |= {name: getattr(found, name)[examples] for name in EXAMPLES}
-        return Store(found._replace(first=first, **moved), digest)
+        return Store(found._replace(first=first, **moved), digest, self.source)
 
     def by_prompt(self) -> "Store":
         """Examples of one prompt as one, which stands where the first of them stood: the prompt and the
@@ -131,7 +137,7 @@ class Store(Sequence):
         pieces[first[:-1]] = found.first[leaders]
         pieces[np.arange(len(owners)) + owners[arrangement] + 1] = self.completions[arrangement]
         made = self._made_of(first, pieces, leaders, f"{self.digest} by prompt")
-        return Store(made.arrays._replace(margins=np.zeros(len(leaders))), made.digest)
+        return Store(made.arrays._replace(margins=np.zeros(len(leaders))), made.digest, self.source)
 
     def chosen(
         self, used: Callable[[int, list[float]], Sequence[int] | str], unsure: np.ndarray
@@ -205,7 +211,7 @@ class Store(Sequence):
         counts = np.zeros(len(sizes), np.int64)
         counts[pieces] = sizes[pieces]
         moved = found._replace(starts=starts, sizes=sizes, places=counts.cumsum() - counts)
-        return Store(moved, f"{self.digest} mismatched")
+        return Store(moved, f"{self.digest} mismatched", self.source)
 
 
 @dataclass
@@ -235,10 +241,10 @@ def joined(stores: Sequence[Store]) -> Store:
     plain = {
         name: np.concatenate([getattr(found, name) for found in arrays]) for name in (*PIECES, *EXAMPLES)
     }
-    masks = [getattr(found.trained, "parts", [found.trained]) for found in arrays]
-    trained = np.cumsum([0, *[sum(map(np.count_nonzero, parts)) for parts in masks]])
+    trained = np.cumsum([0, *[store.trained_tokens for store in stores]])
     for name, before in (("starts", tokens), ("places", trained)):
         plain[name] = np.concatenate([getattr(found, name) + begin for found, begin in zip(arrays, before)])
     texts = {name: Chained([getattr(found, name) for found in arrays]) for name in ("ids", "trained")}
     first = np.concatenate([[0], *ends])
-    return Store(Arrays(**texts, **plain, first=first), "; ".join(store.digest for store in stores))
+    digests = ["; ".join(getattr(store, name) for store in stores) for name in ("digest", "source")]
+    return Store(Arrays(**texts, **plain, first=first), *digests)

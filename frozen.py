@@ -4,6 +4,9 @@ The reference's hidden states, the KL estimate from mismatched responses, the cr
 advantages, whitened over the step (objective.Frozen). A loss sees that and its own micro-batch, nothing else.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +24,52 @@ def hidden_states(lm: model.LanguageModel, pack: batch.Pack, ends: bool = False)
     return lm(pack.ids, pack.positions, layout, pack.ends if ends else pack.predict)
 
 
+class Cached(NamedTuple):
+    """What a reference has said of the trained tokens of a store, by Pack.tokens, in its place."""
+
+    logps: np.ndarray  # (n,) nats
+    states: np.ndarray | None  # (n, D) float32, or the bits of bfloat16; with them
+    head: vocab.Head | None  # the whole distribution
+    strangers: np.ndarray | None  # logps (n',) of the mismatched answers
+
+
+def of_reference(
+    reference: model.LanguageModel | Cached | None, pack: batch.Pack, strange: bool = False
+) -> Tensor | None:
+    """The reference's states (N, D) of a pack, or its log-probabilities (N,) where these are all that is
+    kept, as of a `strange` pack, of mismatched answers; None without a reference."""
+    if not isinstance(reference, Cached):
+        return hidden_states(reference, pack) if reference else None
+    places = pack.tokens.cpu().numpy()
+    if strange or reference.states is None:
+        kept = reference.strangers if strange else reference.logps
+        return torch.from_numpy(kept[places]).to(pack.ids.device)
+    rows = torch.from_numpy(reference.states[places]).to(pack.ids.device)
+    return rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows
+
+
+def token_statistics(
+    hidden: Tensor,
+    policy: model.LanguageModel,
+    reference: model.LanguageModel | Cached | None,
+    pack: batch.Pack,
+    known: Tensor | None,
+    measure: vocab.Measure | None = None,
+    through: str | None = None,
+    entropy: bool = False,
+) -> vocab.Tokens:
+    """vocab.token_statistics of the policy's states (N, D) and of what is `known` of the reference."""
+    twin = (known, reference.head) if known is not None and known.dim() == 2 else None
+    drift = (measure, through)
+    tokens = vocab.token_statistics(hidden, policy.head, pack.targets, twin, *drift, entropy=entropy)
+    return tokens if known is None or twin else tokens._replace(ref_logps=known)
+
+
 @torch.no_grad()
 def freeze(
     objective: Objective,
     policy: model.LanguageModel,
-    reference: model.LanguageModel | None,
+    reference: model.LanguageModel | Cached | None,
     packs: list[batch.Pack],
     strangers: list[batch.Pack],
     delta: Tensor,
@@ -42,9 +86,9 @@ def freeze(
     for k, (pack, stranger) in enumerate(zip(packs, strangers)):
         sums = {}
         if objective.mismatches:
-            twin = (hidden_states(reference, stranger), reference.head)
+            known = of_reference(reference, stranger, strange=True)  # (N', D) or (N',)
             hidden = hidden_states(policy, stranger)  # (N', D)
-            tokens = vocab.token_statistics(hidden, policy.head, stranger.targets, twin)
+            tokens = token_statistics(hidden, policy, reference, stranger, known)
             logratios = tokens.logps - tokens.ref_logps  # (N',)
             if objective.humanline is not None:
                 logratios = objective.humanline(logratios)  # (N',)

@@ -254,6 +254,14 @@ def gathered(text: str) -> list[str]:
     return said
 
 
+def at_rank_zero(value: Any) -> list[Any]:
+    """What each rank has, on rank 0; nothing on the others."""
+    rank, world_size = ranks()
+    found = [None] * world_size if rank == 0 else None
+    dist.gather_object(value, found)
+    return found or []
+
+
 @torch.no_grad()
 def not_finite(model: nn.Module) -> str:
     """The name of the first parameter that holds a number which is not finite, on any rank, or an empty

@@ -76,7 +76,7 @@ def resolve(args: argparse.Namespace) -> None:
     rendered = "sequence_scores" in needs  # whole conversations are read
     takes = {"reference": reference, "sync_reference_every": reference}
     takes |= {"max_value_grad_norm": critic, "max_prompt_length": not rendered}
-    takes |= {"sample_prompts": not rendered}
+    takes |= {"sample_prompts": not rendered, "cache_reference": reference}
     for name in [name for name in takes if getattr(args, name) and not takes[name]]:
         config.fail(f"--loss {args.loss} takes no --{name.replace('_', '-')}")
     if critic:
@@ -388,14 +388,14 @@ def compare(values: Tensor, pack: batch.Pack) -> dict[str, Tensor]:
     return {name: batch.summed(part, pack) for name, part in found.items()}
 
 
-def check_start(stats: dict[str, Tensor | None]) -> None:
-    """Policy and reference have the same weights and saw the same pack: not one bit may differ."""
+def check_start(stats: dict[str, Tensor | None], tolerance: float = 0.0) -> None:
+    """Policy and reference have the same weights and saw the same pack: not one bit may differ. Or they saw
+    others: then no more than `tolerance` nats a token."""
     drifts = [stats["policy_logps"] - stats["ref_logps"], stats["kl"], stats["risk"]]
-    worst = max(drift.detach().abs().max().item() for drift in drifts if drift is not None)
-    if 0 < worst < math.inf:  # what is not finite stops the step itself
-        raise RuntimeError(
-            f"policy and reference have the same weights but differ by {worst:.1e} nats at step 0"
-        )
+    share = 1 / stats["lengths"].clamp(min=1) if tolerance else 1.0
+    worst = max((drift.detach().abs() * share).max().item() for drift in drifts if drift is not None)
+    if tolerance < worst < math.inf:  # what is not finite stops the step itself
+        raise RuntimeError(f"policy and reference have the same weights but differ by {worst:.1e} at step 0")
 
 
 def means(tallies: list[dict[str, Tensor]]) -> dict[str, float]:

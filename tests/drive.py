@@ -54,6 +54,7 @@ def run(job: dict) -> None:
         sources = {name: source.replace(old, new) for name, source in sources.items()}
     frozen = sys.modules["frozen"] = types.ModuleType("frozen")
     exec(compile(sources["frozen.py"], "frozen.py", "exec"), vars(frozen))
+    sys.modules.pop("references", None)  # it shares a class with frozen
     names = {"__name__": "driven", "__file__": str(ROOT / job["script"])}
     exec(compile(sources[job["script"]], job["script"], "exec"), names)
     names["main"](job["argv"])

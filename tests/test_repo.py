@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
-EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
+EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk", "references"}
 EVERYTHING |= {"frozen", "generation", "loading", "lora", "metadata", "preflight", "progress", "rundir"}
 EVERYTHING |= {"signals", "store", "values", "vocab"}
 MAY_IMPORT = {
-    "sft": EVERYTHING - {"frozen", "objective"} | {"trackers"},
+    "sft": EVERYTHING - {"frozen", "objective", "references"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
     # align and sft: for their own parse_args and load_examples, lest the preview differs from the training
     "preview": {"align", "sft"}
@@ -44,6 +44,8 @@ MAY_IMPORT = {
     "model": {"attention", "files", "loading", "vocab"},
     "fsdp": set(),
     "frozen": {"attention", "batch", "fsdp", "model", "objective", "vocab"},
+    "references": {"arrays", "batch", "config", "files", "frozen", "fsdp", "lora", "model", "objective"}
+    | {"progress", "vocab"},
     "checkpoint": {"files", "fsdp", "metadata"},
     "metadata": set(),
     "config": {"files"},
