@@ -304,7 +304,8 @@ def _refuse_leaks(states: Tensor, inputs: Tensor, segments: list[_Segment]) -> N
     """Raises ValueError unless each segment's states depend on its own tokens and its prompt's alone."""
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
     for rows, prompt in segments:
-        (slopes,) = torch.autograd.grad((states * weights)[rows].sum(), inputs, retain_graph=True)  # (1, T, D)
+        total = (states * weights)[rows].sum()
+        (slopes,) = torch.autograd.grad(total, inputs, retain_graph=True)  # (1, T, D)
         reached = (slopes[0] != 0).any(-1)  # (T,)
         if not (reached[rows].any() and reached[prompt].any()):
             raise ValueError("states do not depend on their prompt")
