@@ -3,7 +3,8 @@ vocab.py.
 
 Works with every transformers architecture that uses its attention interface (Llama, Mistral, Qwen, Gemma,
 Phi-3, GPT-NeoX/Pythia, GPT-2, OPT, OLMo, ...); `load` refuses one for which packing is not exact, as
-packing.py finds. Left out: encoder-decoders, images, GPT-Neo and others with attention code of their own.
+packing.py finds. Of a composite model (Gemma 3 with its images) the text is trained. Left out:
+encoder-decoders, images, GPT-Neo and others with attention code of their own.
 """
 
 import argparse
@@ -56,7 +57,7 @@ class LanguageModel(nn.Module):
         """The head's parameters. Under FSDP only between a forward of this model and its backward: whole
         tensors."""
         linear = self.lm.get_output_embeddings()
-        config = self.lm.config
+        config = self.lm.config.get_text_config()
         scale = (getattr(config, "logit_scale", None) or 1.0) / (
             getattr(config, "logits_scaling", None) or 1.0
         )
@@ -274,8 +275,13 @@ def check_positions(path: str, config: Any, max_length: int) -> None:
 
 def in_training(lm: nn.Module) -> LanguageModel:
     """transformers' model as it trains: in training mode, for eval mode would switch activation checkpointing
-    off, with every dropout and the jitter of every router at 0."""
+    off, with every dropout and the jitter of every router at 0. What of a composite model is not its text
+    (a tower for images) is frozen."""
     lm.train()
+    if lm.config.get_text_config() is not lm.config:
+        lm.requires_grad_(False)
+        for part in (lm.get_decoder(), lm.get_output_embeddings()):
+            part.requires_grad_(True)
     for module in lm.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and (

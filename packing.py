@@ -74,7 +74,8 @@ def check(
         if dtype != torch.float32 or torch.device(device).type != "cpu":
             for parameter in model.parameters():  # buffers stay fp32, as under FSDP
                 parameter.data = parameter.data.to(dtype)
-            model.to(device)
+            # a tower for images has no memory
+            model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
             model.lm.set_attn_implementation("eager")
             wide = dtype == torch.float32
             _compare(refusal, model, _plain(model.lm), TOLERANCE if wide else TOLERANCE_16)

@@ -197,6 +197,34 @@ def test_a_short_convolution_is_refused(tmp_path):
     refusal(save(tmp_path, config), "does not work with packed attention", "outside attention")
 
 
+# Composite models.
+
+
+TEXT = COMMON | {"intermediate_size": 48, "num_key_value_heads": 2}
+IMAGES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def test_of_a_composite_model_the_text_is_trained(tmp_path):
+    # red: in_training that freezes nothing, or everything
+    text = TEXT | {"head_dim": 8, "sliding_window": 16}
+    images = IMAGES | {"image_size": 28, "patch_size": 14}
+    path = save(tmp_path, hf.Gemma3Config(text_config=text, vision_config=images, image_token_id=90))
+    loaded = load(path)
+    trained = {name: parameter.requires_grad for name, parameter in loaded.named_parameters()}
+    assert all(on == ("vision" not in name and "projector" not in name) for name, on in trained.items())
+    assert len(set(trained.values())) == 2
+    states_of(loaded).sum().backward()  # all that is trained can be: the head apart, which is not asked here
+    assert all(p.grad is not None for n, p in loaded.named_parameters() if trained[n] and "lm_head" not in n)
+
+
+def test_a_composite_model_without_a_language_model_is_refused(tmp_path):
+    # red: one_line without "Unrecognized configuration class"
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+    config = hf.Qwen2_5_VLConfig(text_config=TEXT, vision_config=vision)
+    config.save_pretrained(tmp_path)
+    refusal(str(tmp_path), "Qwen2_5_VLConfig has no causal language model", weights="random")
+
+
 # What a loaded model is.
 
 

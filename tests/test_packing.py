@@ -42,6 +42,8 @@ LARGE = {
     "gemma 2 9b": make("gemma2", **GEMMA2, vocab_size=256_000),
     "gemma 3 4b": make("gemma3_text", **GEMMA3),
     "gemma 4": make("gemma4_text"),
+    # red: LanguageModel.head of lm.config, which has no soft-cap
+    "gemma 4, with images": make("gemma4", text_config={"final_logit_softcapping": 30.0}),
     "qwen 2.5 7b": make("qwen2", **QWEN),
     "phi 3": make("phi3"),
     "gpt-neox 20b": make("gpt_neox"),
