@@ -66,7 +66,7 @@ def check(
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
-        with torch.random.fork_rng(devices=[]):  # constructors draw, though on no memory
+        with torch.random.fork_rng(devices=[]):  # a constructor may draw a buffer
             model, plain = _clone(path, config, max_length, wrap, trust_remote_code)
         refusal = f"{path}: {type(model.lm).__name__} does not work with packed attention"
         _refuse_strangers(refusal, model)

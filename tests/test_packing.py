@@ -65,7 +65,7 @@ def test_models_of_any_size_are_checked_in_no_time(name):
     packing.check(name, config, 8192, model.in_training, dtype=torch.bfloat16)
     # a quarter of that on a quiet machine
     assert time.process_time() - begin < 3
-    assert torch.equal(torch.get_rng_state(), state)  # red: check without fork_rng
+    assert torch.equal(torch.get_rng_state(), state)  # red: no fork_rng and no generator in _fill
 
 
 CONV = ["conv", "full_attention"]
