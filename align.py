@@ -243,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         units, unit, how = objective.counts(train), objective.batch_unit, objective.pairs or "best-worst"
         preflight.tell_long(units, args.batch_size, unit, say)
         if args.check:
-            return preflight.report(args, tokenizer, train, evaluated, units, say)
-        options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
+            return preflight.report(args, tokenizer, train, evaluated, units, device, say)
         dtype = getattr(torch, args.dtype)
+        options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32
         policy = model.load(args.model, masters, *options, reward_model=objective.scores)
         same_weights = objective.has_reference and lora.equal_at_start(args)

@@ -47,6 +47,9 @@ def one_line(path: str) -> Iterator[None]:
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             what = "needs code of its own (inspect it, then pass --trust-remote-code true)"
+        elif what.startswith("Unrecognized configuration class"):
+            kind = what.split("'")[1].split(".")[-1] if "'" in what else "its configuration"
+            what = f"{kind} has no causal language model in transformers (save its text part as one)"
         where = "" if isinstance(error, ValueError) and path in what else f"{path}: "
         raise ValueError(f"{where}{what[:500]}") from error
     finally:

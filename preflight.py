@@ -1,7 +1,7 @@
 """What can be known of a training before a model is loaded.
 
     begin     what stops a run at once: its directory, its trackers, the files of its models
-    report    --check: one screen of what would be trained, and on what
+    report    --check: one screen of what would be trained, and on what; and whether packing suits the model
 
 Left out: whether the run fits into memory.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
+import torch
 
 import batch
 import config
@@ -18,6 +19,7 @@ import fsdp
 import loading
 import lora
 import model
+import packing
 import rundir
 import trackers
 from arrays import Store
@@ -51,11 +53,12 @@ def report(
     train: Store,
     evaluated: Any,
     units: np.ndarray,
+    device: torch.device,
     say: Callable[..., None],
 ) -> None:
     """Say what a run of these flags would do: `units` (n,) are what --batch-size counts of each example.
-    Raises ValueError for a model that does not fit its tokenizer, its weights or --max-length, and for a disk
-    that does not hold a checkpoint where there shall be some."""
+    Raises ValueError for a model that does not fit its tokenizer, its weights, --max-length or
+    packed attention, and for a disk that does not hold a checkpoint where there shall be some."""
     say("flags: " + " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None))
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * getattr(args, "ppo_epochs", 1)
@@ -67,6 +70,8 @@ def report(
         settings = loading.settings(path, args.trust_remote_code)
         tensors, numbers = loading.check(path, args.weights)
         sizes[path] = loading.size(path, settings, tensors, numbers, args.trust_remote_code)
+        trains = (model.in_training, args.trust_remote_code, getattr(torch, args.dtype), device)
+        packing.check(path, settings, args.max_length, *trains)
         text = settings.get_text_config()
         model.check_positions(path, text, args.max_length)
         if getattr(args, "method", "") != "csft" and len(tokenizer) > text.vocab_size:

@@ -169,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluated = load_examples(held_out, "test", tokenizer, template, args, say)
             evaluated = evaluated.subset(args.eval_examples)
         if args.check:
-            return preflight.report(args, tokenizer, train, evaluated, np.ones(len(train), int), say)
-        options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
+            return preflight.report(args, tokenizer, train, evaluated, np.ones(len(train), int), device, say)
         dtype = getattr(torch, args.dtype)
+        options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) else torch.float32
         policy = model.load(
             args.model, masters, *options, vocabulary=len(tokenizer) * (args.method == "csft")

@@ -234,7 +234,7 @@ def test_a_group_alone_equals_the_group_among_others(build, name):
 
 
 def test_gpt_neo_is_refused(tmp_path):
-    # red: _check_packing without its comparison: GPT-Neo's own attention code ignores the layout
+    # red: model.load without packing.check: GPT-Neo's own attention code ignores the layout
     config = hf.GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]])
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="GPTNeoForCausalLM does not work with packed attention") as refusal:

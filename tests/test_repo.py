@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk", "references"}
 EVERYTHING |= {"frozen", "generation", "loading", "lora", "metadata", "preflight", "progress", "rundir"}
-EVERYTHING |= {"signals", "store", "values", "vocab"}
+EVERYTHING |= {"packing", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"frozen", "objective", "references"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "batch": {"encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "loading": {"files"},
-    "preflight": {"arrays", "batch", "config", "fsdp", "loading", "lora", "model", "rundir", "trackers"},
-    "model": {"attention", "files", "loading", "vocab"},
+    "preflight": {"arrays", "batch", "config", "fsdp", "loading", "lora", "model", "packing", "rundir", "trackers"},
+    "model": {"attention", "files", "loading", "packing", "vocab"},
+    "packing": {"attention", "vocab"},
     "fsdp": set(),
     "frozen": {"attention", "batch", "fsdp", "model", "objective", "vocab"},
     "references": {"arrays", "batch", "config", "files", "frozen", "fsdp", "lora", "model", "objective"}
