@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         masters = dtype if lora.wanted(args) else torch.float32
-        policy = model.load(args.model, masters, *options, reward_model=objective.scores)
+        policy = model.outline(args.model, masters, *options, reward_model=objective.scores)
         reference = None
         same_weights = objective.has_reference and lora.equal_at_start(args)
         shared = lora.shared(args) if objective.has_reference else None
@@ -244,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif same_weights:
             reference = model.copied(policy, dtype)
         elif objective.has_reference:
-            reference = model.load(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
+            rows = policy.head.weight.shape[0]
+            reference = model.outline(args.reference, dtype, *options, vocabulary=rows)
         model.check_vocabulary(tokenizer, policy, reference)
         if args.sync_reference_every:
             model.check_twins(policy, reference)
@@ -259,9 +260,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
-    if reference is not None and shared is None:
-        reference.requires_grad_(False)
-        fsdp.shard(reference, reference.blocks, dtype, device)
+    with config.user_errors():
+        model.fill(policy, device)
+        if reference is not None and shared is None:
+            reference.requires_grad_(False)
+            fsdp.shard(reference, reference.blocks, dtype, device)
+            model.fill(reference, device, policy if same_weights else None)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )

@@ -255,17 +255,31 @@ def gathered(text: str) -> list[str]:
 
 
 @torch.no_grad()
-def not_finite(model: nn.Module) -> str:
-    """The name of the first parameter that holds a number which is not finite, on any rank, or an empty
-    string: one pass over this rank's shards and one all_reduce of a number."""
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of the parameters that hold a number which is not finite, on any rank: one pass over this
+    rank's shards and one all_reduce of a flag for each."""
     named = list(model.named_parameters())
     local = [p.to_local() if isinstance(p, DTensor) else p for _, p in named]
     filled = [index for index, shard in enumerate(local) if shard.numel()]  # a rank may hold nothing of one
     peaks = torch.stack(torch._foreach_norm([local[index] for index in filled], float("inf"))).float()
-    first = next((i for i, bad in zip(filled, (~peaks.isfinite()).tolist()) if bad), len(named))
-    found = torch.tensor(first, device=local[0].device)
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return [*(name for name, _ in named), ""][int(found.item())]
+    flags = torch.zeros(len(named), dtype=torch.int32, device=local[0].device)
+    flags[filled] = (~peaks.isfinite()).int()
+    if any(isinstance(parameter, DTensor) for _, parameter in named):
+        dist.all_reduce(flags)
+    return [name for (name, _), flag in zip(named, flags.tolist()) if flag]
+
+
+def rows(size: int, rank: int) -> slice:
+    """Those of a tensor of `size` rows that `shard` gives to a rank: equal parts, the last of them less."""
+    each = -(-size // ranks()[1])
+    return slice(min(rank * each, size), min((rank + 1) * each, size))
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, slice]:
+    """What this rank holds of a parameter, and which rows of it: all of one that is not sharded."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local(), rows(parameter.shape[0], ranks()[0])
+    return parameter, slice(0, parameter.shape[0] if parameter.ndim else 0)
 
 
 def barrier() -> None:

@@ -23,7 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 import attention
 import files
+import fsdp
 import loading
+import shards
 import vocab
 
 # Of the spread of log-probabilities over positions; rounding stays under 1e-5 of it.
@@ -37,6 +39,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.lm = lm
         self.value_head = None  # (N, D) -> (N, 1), see add_value_head
+        self.source: shards.Source | None = None  # of its weights, see fill
 
     def forward(self, ids: Tensor, positions: Tensor, layout: attention.Layout, predict: Tensor) -> Tensor:
         """ids, positions (1, T), predict (N,) -> the last hidden states at `predict` (N, D)."""
@@ -98,24 +101,64 @@ def load(
     missing or not finite, positions shorter than `max_length`, or an architecture for which packed attention
     does not reproduce the model's own logits.
     """
+    options = (weights, seed, trust_remote_code, vocabulary, reward_model)
+    model = outline(path, torch.float32, max_length, *options)
+    with loading.one_line(path):
+        fill(model, torch.device("cpu"))
+        _check_packing(path, model, max_length)
+        return _cast(model, dtype)
+
+
+def outline(
+    path: str,
+    dtype: torch.dtype,
+    max_length: int,
+    weights: str = "pretrained",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    vocabulary: int = 0,
+    reward_model: bool = False,
+) -> LanguageModel:
+    """What `load` gives, its pretrained weights still on disk: the parameters have shapes and no memory until
+    `fill`. Heads and adapters may be added, and it may be sharded, in between. "random" weights are there at
+    once, the whole of them on every rank, so that a seed gives one model whatever the number of ranks."""
     with loading.one_line(path):
         found = loading.check(path, weights)
         config = loading.settings(path, trust_remote_code)
         loading.size(path, config, *found, trust_remote_code)
+        source = None
         if weights == "random":
             torch.manual_seed(seed)
             trust = {"trust_remote_code": trust_remote_code}
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
+            shards.refuse_not_finite(path, lm)
         else:
-            lm = loading.from_pretrained(path, config, torch.float32, trust_remote_code, reward_model)
-        loading.refuse_not_finite(path, lm)
+            loading.refuse_classifier(config, reward_model)
+            lm = shards.skeleton(path, config, trust_remote_code)
+            places = shards.find(path, lm, reward_model)
+            source = shards.Source(path, config, trust_remote_code, reward_model, vocabulary, places)
         loading.refuse_odd_stops(path, lm)
-        _grow(lm, vocabulary)
+        shards.grow(lm, vocabulary)
         check_positions(path, lm.config.get_text_config(), max_length)
         _disable_dropout(lm)
+        # packing.check comes here
         model = LanguageModel(lm)
-        _check_packing(path, model, max_length)
+        model.source = source
+        _use_packed_attention(path, lm)
         return _cast(model, dtype)
+
+
+def fill(model: LanguageModel, device: torch.device, like: LanguageModel | None = None) -> None:
+    """Give an outline its weights, in place: of a sharded one every rank reads its own rows, all ranks
+    together. A copy takes them from the model that it is `like`, sharded and filled before. The parameters
+    are new objects. Raises ValueError, on every rank, for weights that `load` refuses."""
+    if like is None:
+        shards.fill(model, model.source, device)
+        return
+    shards.fill(model, None, device)
+    fsdp.copy_parameters(like, model)
+    for old, new in zip(like.lm.buffers(), model.lm.buffers(), strict=True):
+        new.copy_(old)
 
 
 def fingerprint(path: str, weights: str = "pretrained") -> str:
@@ -178,7 +221,7 @@ def add_value_head(model: LanguageModel, path: str, seed: int) -> None:
             lines = [*str(error).strip().splitlines(), ""]
             what = (lines[1] or lines[0]).strip()
             raise ValueError(f"{saved}: not this model's value head: {what}") from error
-        loading.refuse_not_finite(str(saved), model.value_head)
+        shards.refuse_not_finite(str(saved), model.value_head)
 
 
 def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
@@ -206,15 +249,11 @@ def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
     )
     if missing:
         raise ValueError(f"{type(lm).__name__}: its sequence classifier has other parameters ({missing[0]})")
-    if any("ForSequenceClassification" in name for name in lm.config.architectures or ()):
-        old = AutoModelForSequenceClassification.from_pretrained(
-            path, use_safetensors=True, **loading.options(path)
-        )
-        if old.score.weight.shape != lm.score.weight.shape:
-            raise ValueError(
-                f"{path}: a classifier of {old.score.weight.shape[0]} labels, not a reward model"
-            )
-        lm.score.weight.data.copy_(old.score.weight)
+    if loading.is_classifier(lm.config):
+        given = shards.score(path)
+        if given.shape != lm.score.weight.shape:
+            raise ValueError(f"{path}: a classifier of {given.shape[0]} labels, not a reward model")
+        lm.score.weight.data.copy_(given)
 
 
 def stop_at(model: LanguageModel, ids: Sequence[int]) -> None:
@@ -240,20 +279,6 @@ def _cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     for parameter in model.parameters():  # not model.to(): rotary frequencies stay fp32, as under FSDP
         parameter.data = parameter.data.to(dtype)
     return model
-
-
-@torch.no_grad()
-def _grow(lm: nn.Module, vocabulary: int) -> None:
-    old = lm.get_input_embeddings().weight.shape[0]
-    if vocabulary > old:
-        lm.resize_token_embeddings(vocabulary, mean_resizing=False)
-        spread = getattr(lm.config.get_text_config(), "initializer_range", 0.02)
-        for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-            for parameter in module.parameters():
-                parameter[old:] = parameter[:old].mean(0)
-            for row in range(old, vocabulary):  # the same twice where both are one matrix
-                noise = torch.randn(module.weight.shape[1], generator=torch.Generator().manual_seed(row))
-                module.weight[row] += spread * noise
 
 
 def check_positions(path: str, config: Any, max_length: int) -> None:
@@ -286,11 +311,24 @@ def _disable_dropout(lm: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def _use_packed_attention(path: str, lm: nn.Module) -> None:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        lm.set_attn_implementation(attention.NAME)
+    except (TypeError, ValueError, AttributeError) as error:
+        what = f"{path}: {type(lm).__name__} does not work with packed attention"
+        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
 @torch.no_grad()
 def _check_packing(path: str, model: LanguageModel, max_length: int) -> None:
     """A group of two completions, packed, against two plain sequences: attention, positions, head bias,
     soft-cap, scale. Leaves the model on packed attention."""
     lm = model.lm
+    lm.set_attn_implementation("eager")
     config = lm.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     begin = 5 + (window if window < max_length else 0)  # a window that training reaches is reached here
@@ -300,17 +338,13 @@ def _check_packing(path: str, model: LanguageModel, max_length: int) -> None:
         [lm(torch.cat([prompt, answer])[None]).logits[0, begin - 1 :] for answer in (chosen, rejected)]
     ).log_softmax(-1)  # (5 + 4, V)
     refusal = f"{path}: {type(lm).__name__} does not work with packed attention"
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    _use_packed_attention(path, lm)
     try:
-        lm.set_attn_implementation(attention.NAME)
         positions = torch.tensor([[*range(begin + 4), *range(begin, begin + 3)]])
         predict = begin - 1 + torch.tensor([0, 1, 2, 3, 4, 0, 5, 6, 7])
         states = model(ids[None], positions, attention.layout([(begin, [4, 3])]), predict)  # (9, D)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{refusal}: {str(error).splitlines()[0]}") from error
-    finally:
-        transformers_logging.set_verbosity(before)
     for target in (0, config.vocab_size - 1):
         packed = vocab.token_statistics(states, model.head, torch.full((9,), target)).logps  # (9,)
         error = (packed - plain[:, target]).abs().max().item()

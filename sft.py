@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         masters = dtype if lora.wanted(args) else torch.float32
-        policy = model.load(
+        policy = model.outline(
             args.model, masters, *options, vocabulary=len(tokenizer) * (args.method == "csft")
         )
         model.check_vocabulary(tokenizer, policy)
@@ -185,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + chat.ASK_FOR_GOOD
     model.checkpoint_activations(policy, args.activation_checkpointing)
     fsdp.shard(policy, policy.blocks, dtype, device)
+    with config.user_errors():
+        model.fill(policy, device)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )

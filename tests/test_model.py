@@ -211,12 +211,10 @@ def test_what_the_load_check_sees(tmp_path, monkeypatch, change, weights):
     model with wide weights and in a fresh one."""
     # red: _check_packing left out; a tolerance of 1
     path = TINY if weights == "random" else save(tmp_path)
-    method = "from_config" if weights == "random" else "from_pretrained"
-    real = getattr(model.AutoModelForCausalLM, method)
+    real = model.AutoModelForCausalLM.from_config
 
     def with_another_head(*args, **kwargs):
-        made = real(*args, **kwargs)
-        lm = made if weights == "random" else made[0]
+        lm = made = real(*args, **kwargs)
         lm.get_output_embeddings().register_forward_hook(lambda _, inputs, logits: MUTANTS[change](logits))
         return made
 
@@ -228,7 +226,7 @@ def test_what_the_load_check_sees(tmp_path, monkeypatch, change, weights):
     elif change == "positions":
         monkeypatch.setattr(model.LanguageModel, "forward", MUTANTS[change])
     else:
-        monkeypatch.setattr(model.AutoModelForCausalLM, method, with_another_head)
+        monkeypatch.setattr(model.AutoModelForCausalLM, "from_config", with_another_head)
     refusal(path, "does not work with packed attention", weights=weights)
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
 EVERYTHING |= {"frozen", "generation", "loading", "lora", "metadata", "preflight", "progress", "rundir"}
-EVERYTHING |= {"signals", "store", "values", "vocab"}
+EVERYTHING |= {"shards", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"frozen", "objective"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "loading": {"files"},
     "preflight": {"arrays", "batch", "config", "fsdp", "loading", "lora", "model", "rundir", "trackers"},
-    "model": {"attention", "files", "loading", "vocab"},
+    "model": {"attention", "files", "fsdp", "loading", "shards", "vocab"},
+    "shards": {"fsdp", "loading"},
     "fsdp": set(),
     "frozen": {"attention", "batch", "fsdp", "model", "objective", "vocab"},
     "checkpoint": {"files", "fsdp", "metadata"},
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "config": {"files"},
     "rundir": {"checkpoint", "config", "files", "fsdp", "signals"},
     "signals": set(),
-    "lora": {"config", "files", "fsdp", "loading", "model", "vocab"},
+    "lora": {"config", "files", "fsdp", "loading", "model", "shards", "vocab"},
     "export": {"checkpoint", "config", "fsdp", "loading", "lora"},
     "parts": {"config", "files"},
     "progress": set(),
