@@ -1,5 +1,5 @@
 """Weights into shards: what every rank holds, on one and two processes, against the whole model as
-transformers loads it, to the bit.loads it, to the bit.
+transformers loads it, to the bit.
 
     python tests/test_load.py BASE      (under torchrun too) loads each case and writes what differs to BASE
 
