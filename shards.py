@@ -66,7 +66,8 @@ def skeleton(path: str, config: Any, trust_remote_code: bool) -> nn.Module:
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     lm.tie_weights()
-    told = loading.options(path)
+    # of a directory that is there nothing is asked of a hub
+    told: dict[str, Any] = {"local_files_only": Path(path).exists()}
     try:
         lm.generation_config = GenerationConfig.from_pretrained(path, **told)
     except OSError:  # no generation_config.json: older models say it in the other
