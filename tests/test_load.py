@@ -44,7 +44,8 @@ CONFIGS = {
     "qwen2-moe": lambda: hf.Qwen2MoeConfig(**MOE, num_experts=3, shared_expert_intermediate_size=16),
     "deepseek": lambda: hf.DeepseekV3Config(**MOE | LATENT | GROUPS, n_shared_experts=1),
 }
-LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "lora_from": None}
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lora_from": None}
+LORA |= {"lora_targets": "all-linear"}
 # Of a case: the configuration that it starts from, and what is asked of outline.
 CASES = {name: (name, {}) for name in CONFIGS} | {
     "bfloat16 file": ("llama", {}),
@@ -259,7 +260,7 @@ def found(base, request):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_rank_holds_its_rows_of_the_whole_model(found, name):
-    # red: fsdp.rows with `//` rounding down; _untie left out; _receive without its broadcast of buffers;
+    # red: fsdp.rows rounding down; _untie left out; _receive without its broadcast of buffers;
     # _new_rows without its noise; standing_in left out; _materialise without `made`
     assert [one[name] for one in found] == [[]] * len(found)
 
