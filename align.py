@@ -244,8 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif same_weights:
             reference = model.copied(policy, dtype)
         elif objective.has_reference:
-            rows = policy.head.weight.shape[0]
-            reference = model.outline(args.reference, dtype, *options, vocabulary=rows)
+            reference = model.outline(args.reference, dtype, *options, policy.head.weight.shape[0])
         model.check_vocabulary(tokenizer, policy, reference)
         if args.sync_reference_every:
             model.check_twins(policy, reference)
@@ -259,13 +258,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
     model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
-    fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
     with config.user_errors():
-        model.fill(policy, device)
+        model.place(policy, dtype, device)
         if reference is not None and shared is None:
-            reference.requires_grad_(False)
-            fsdp.shard(reference, reference.blocks, dtype, device)
-            model.fill(reference, device, policy if same_weights else None)
+            model.place(reference.requires_grad_(False), dtype, device, policy if same_weights else None)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )

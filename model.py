@@ -161,6 +161,14 @@ def fill(model: LanguageModel, device: torch.device, like: LanguageModel | None 
         new.copy_(old)
 
 
+def place(
+    model: LanguageModel, dtype: torch.dtype, device: torch.device, like: LanguageModel | None = None
+) -> None:
+    """Shard an outline over all ranks, to compute in `dtype`, and `fill` it."""
+    fsdp.shard(model, model.blocks, dtype, device, model.fp32_modules)
+    fill(model, device, like)
+
+
 def fingerprint(path: str, weights: str = "pretrained") -> str:
     """A hash of the contents of a model, wherever it lies: its config.json and, of "pretrained" weights,
     samples of each file (files.fingerprint)."""

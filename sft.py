@@ -184,9 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.method == "csft":
         tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + chat.ASK_FOR_GOOD
     model.checkpoint_activations(policy, args.activation_checkpointing)
-    fsdp.shard(policy, policy.blocks, dtype, device)
     with config.user_errors():
-        model.fill(policy, device)
+        model.place(policy, dtype, device)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )

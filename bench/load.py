@@ -60,10 +60,10 @@ def measure(path: str, what: str, way: str) -> None:
     loaded = (model.load if way == "whole" else model.outline)(path, dtype, LENGTH)
     copy = model.copied(loaded, torch.bfloat16) if "and" in what else None
     for lm, like in ((loaded, None), (copy, loaded)):
-        if lm is not None:
+        if lm is not None and way == "shards":
+            model.place(lm, torch.bfloat16, CPU, like)
+        elif lm is not None:
             fsdp.shard(lm, lm.blocks, torch.bfloat16, CPU)
-            if way == "shards":
-                model.fill(lm, CPU, like)
     fsdp.barrier()
     seconds, peak = time.perf_counter() - began, resident("VmHWM") - before
     count = sum(parameter.numel() for parameter in loaded.parameters())

@@ -148,13 +148,10 @@ def differences(base: Path, name: str) -> list[str]:
             lora.add(one, args, lambda text: None)
     twins = model.LanguageModel(oracle(path, name, options, torch.bfloat16))
     cpu = torch.device("cpu")
-    fsdp.shard(policy, policy.blocks, torch.float32, cpu, policy.fp32_modules)
-    model.fill(policy, cpu)
+    model.place(policy, torch.float32, cpu)
     pairs = [(policy, want)]
     if not adapted:
-        reference.requires_grad_(False)
-        fsdp.shard(reference, reference.blocks, torch.float32, cpu)
-        model.fill(reference, cpu, policy)
+        model.place(reference.requires_grad_(False), torch.float32, cpu, policy)
         pairs.append((reference, twins))
     if (policy.source is not None and policy.source.places is None) != (name in WHOLE):
         said.append("the other way")
@@ -231,8 +228,7 @@ def spoil(base: Path) -> None:
 def refusal(path: str) -> str:
     try:
         policy = model.outline(path, torch.float32, 64)
-        fsdp.shard(policy, policy.blocks, torch.float32, torch.device("cpu"))
-        model.fill(policy, torch.device("cpu"))
+        model.place(policy, torch.float32, torch.device("cpu"))
     except ValueError as error:
         return str(error)
     return ""
