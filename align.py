@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32
-        policy = model.load(args.model, masters, *options, reward_model=objective.scores)
+        policy = model.outline(args.model, masters, *options, reward_model=objective.scores)
         same_weights = objective.has_reference and lora.equal_at_start(args)
         shared = lora.shared(args) if objective.has_reference else None
         found = references.find(args, objective, train, evaluated, policy, say)
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif same_weights:
             reference = policy if found else model.copied(policy, dtype)
         elif objective.has_reference:
-            reference = model.load(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
+            reference = model.outline(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
         model.check_vocabulary(tokenizer, policy, reference)
         if args.sync_reference_every:
             model.check_twins(policy, reference)
@@ -273,11 +273,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
     model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
-    fsdp.shard(policy, policy.blocks, dtype, device, policy.fp32_modules)
-    if isinstance(reference, model.LanguageModel) and reference is not policy:
-        reference.requires_grad_(False)
-        fsdp.shard(reference, reference.blocks, dtype, device)
+    apart = isinstance(reference, model.LanguageModel) and reference is not policy
     with config.user_errors():
+        model.place(policy, dtype, device)
+        if apart:
+            model.place(reference.requires_grad_(False), dtype, device, policy if same_weights else None)
         reference, of_held_out = references.ready(found, reference, args, device, say)
     if args.cache_reference_only:
         return fsdp.finish()

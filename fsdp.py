@@ -279,17 +279,33 @@ def at_rank_zero(value: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def not_finite(model: nn.Module) -> str:
-    """The name of the first parameter that holds a number which is not finite, on any rank, or an empty
-    string: one pass over this rank's shards and one all_reduce of a number."""
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of the parameters that hold a number which is not finite, on any rank: one pass over this
+    rank's shards and one all_reduce of a flag for each."""
     named = list(model.named_parameters())
     local = [p.to_local() if isinstance(p, DTensor) else p for _, p in named]
     filled = [index for index, shard in enumerate(local) if shard.numel()]  # a rank may hold nothing of one
     peaks = torch.stack(torch._foreach_norm([local[index] for index in filled], float("inf"))).float()
-    first = next((i for i, bad in zip(filled, (~peaks.isfinite()).tolist()) if bad), len(named))
-    found = torch.tensor(first, device=local[0].device)
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return [*(name for name, _ in named), ""][int(found.item())]
+    flags = torch.zeros(len(named), dtype=torch.int32, device=local[0].device)
+    flags[filled] = (~peaks.isfinite()).int()
+    if any(isinstance(parameter, DTensor) for _, parameter in named):
+        dist.all_reduce(flags)
+    return [name for (name, _), flag in zip(named, flags.tolist()) if flag]
+
+
+def piece(shape: Sequence[int], rank: int) -> tuple[slice, ...]:
+    """What `shard` gives to a rank of a tensor of this shape: equal parts of an axis, the last of them less."""
+    axis, world_size = split_axis(shape, ranks()[1]), ranks()[1]
+    each = -(-shape[axis] // world_size)
+    own = slice(min(rank * each, shape[axis]), min((rank + 1) * each, shape[axis]))
+    return tuple(own if place == axis else slice(0, size) for place, size in enumerate(shape))
+
+
+def local_piece(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank holds of a parameter, and which part of it: all of one that is not sharded."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local(), piece(parameter.shape, ranks()[0])
+    return parameter, tuple(slice(0, size) for size in parameter.shape)
 
 
 def barrier() -> None:

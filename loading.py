@@ -23,7 +23,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import get_checkpoint_shard_files
 
 import files
 
@@ -110,6 +112,22 @@ def _weights(folder: Path) -> list[str]:
     return found
 
 
+def weight_files(path: str) -> list[Path]:
+    """The files of a model's weights, of a hub name those of its snapshot, which is fetched if need be; none
+    where there are no safetensors."""
+    folder = Path(path)
+    if not folder.exists():
+        either = {"_raise_exceptions_for_missing_entries": False}
+        found = cached_file(path, "model.safetensors", **either)
+        if found is None:
+            found = cached_file(path, "model.safetensors.index.json", **either)
+            if found is None:
+                return []
+            get_checkpoint_shard_files(path, found)
+        folder = Path(found).parent
+    return [folder / name for name in _weights(folder)]
+
+
 def _header(path: Path) -> list[list[int]]:
     """The shapes of a file's tensors; their bytes are there, none more and none less."""
     try:
@@ -164,13 +182,22 @@ def from_pretrained(
         ignore_mismatched_sizes=True,
         **options(path, trust_remote_code),
     )
-    scorer = any("ForSequenceClassification" in name for name in config.architectures or ())
-    if scorer and not reward_model:
-        raise ValueError("a classifier, not a language model")
-    _untie(lm)
-    head = {f"lm_head.{kind}" for kind in ("weight", "bias")} if scorer else set()
+    refuse_classifier(config, reward_model)
+    untie(lm)
+    head = {f"lm_head.{kind}" for kind in ("weight", "bias")} if is_classifier(config) else set()
     _refuse_missing(path, {**report, "missing_keys": set(report["missing_keys"]) - head}, lm)
     return lm
+
+
+def is_classifier(config: Any) -> bool:
+    """Is this the configuration of a sequence classifier?"""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def refuse_classifier(config: Any, reward_model: bool) -> None:
+    """Raises ValueError for a classifier where no reward model is wanted."""
+    if is_classifier(config) and not reward_model:
+        raise ValueError("a classifier, not a language model")
 
 
 def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
@@ -183,7 +210,7 @@ def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
         )
 
 
-def _untie(lm: nn.Module) -> None:
+def untie(lm: nn.Module) -> None:
     """A file may hold a head of its own where the configuration says tied: then it is trained apart, and the
     export must say so."""
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
@@ -244,12 +271,3 @@ def refuse_odd_stops(path: str, lm: nn.Module) -> None:
     stops = getattr(lm.generation_config, "eos_token_id", None)
     if not all(type(id) is int and id >= 0 for id in (stops if isinstance(stops, list) else [stops or 0])):
         raise ValueError(f"{path}: its eos_token_id is {str(stops)[:40]!r} (an id, or a list of them)")
-
-
-def refuse_not_finite(path: str, lm: nn.Module) -> None:
-    """Raises ValueError for a weight that is not finite."""
-    named = list(lm.named_parameters())
-    peaks = torch._foreach_norm([parameter.detach() for _, parameter in named], float("inf"))
-    bad = [name for (name, _), peak in zip(named, peaks) if not peak.isfinite()]
-    if bad:
-        raise ValueError(f"{path}: {len(bad)} weights hold numbers that are not finite (first: {bad[0]})")

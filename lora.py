@@ -31,6 +31,7 @@ import config
 import files
 import fsdp
 import model
+import shards
 import vocab
 
 TRAINED, START = "default", "start"  # peft's names of the adapters: of those trained, and their frozen start
@@ -259,7 +260,8 @@ def _inject(lm: nn.Module, made: Any, dropout: float, seed: int, name: str = TRA
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, of what is refused below
         try:
-            _peft().inject_adapter_in_model(made, lm, adapter_name=name)
+            with shards.standing_in(lm):
+                _peft().inject_adapter_in_model(made, lm, adapter_name=name)
         except (ValueError, RuntimeError, TypeError) as error:
             raise ValueError(f"peft refuses these adapters: {str(error).splitlines()[0]}") from error
     body = {id(module) for module in lm.base_model.modules()}

@@ -22,8 +22,10 @@ from transformers.utils import cached_file
 
 import attention
 import files
+import fsdp
 import loading
 import packing
+import shards
 import vocab
 
 
@@ -34,6 +36,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.lm = lm
         self.value_head = None  # (N, D) -> (N, 1), see add_value_head
+        self.source: shards.Source | None = None  # of its weights, see fill
 
     def forward(self, ids: Tensor, positions: Tensor, layout: attention.Layout, predict: Tensor) -> Tensor:
         """ids, positions (1, T), predict (N,) -> the last hidden states at `predict` (N, D)."""
@@ -97,23 +100,72 @@ def load(
     missing or not finite, positions shorter than `max_length`, or an architecture for which packed attention
     is not exact, which packing.py asks in fp32 and in `compute` on `device`, those of the training.
     """
+    options = (weights, seed, trust_remote_code, compute, device, vocabulary, reward_model)
+    model = outline(path, dtype, max_length, *options)
+    with loading.one_line(path):
+        fill(model, torch.device("cpu"))
+        return model
+
+
+def outline(
+    path: str,
+    dtype: torch.dtype,
+    max_length: int,
+    weights: str = "pretrained",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    compute: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    vocabulary: int = 0,
+    reward_model: bool = False,
+) -> LanguageModel:
+    """What `load` gives, its pretrained weights still on disk: the parameters have shapes and no memory until
+    `fill`. Heads and adapters may be added, and it may be sharded, in between. "random" weights are there at
+    once, the whole of them on every rank, so that a seed gives one model whatever the number of ranks."""
     with loading.one_line(path):
         found = loading.check(path, weights)
         config = loading.settings(path, trust_remote_code)
         loading.size(path, config, *found, trust_remote_code)
         packing.check(path, config, max_length, in_training, trust_remote_code, compute, device)
+        source = None
         if weights == "random":
             torch.manual_seed(seed)
             trust = {"trust_remote_code": trust_remote_code}
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
+            shards.refuse_not_finite(path, lm)
         else:
-            lm = loading.from_pretrained(path, config, torch.float32, trust_remote_code, reward_model)
-        loading.refuse_not_finite(path, lm)
+            loading.refuse_classifier(config, reward_model)
+            lm = shards.skeleton(path, config, trust_remote_code)
+            places = shards.find(path, lm, reward_model)
+            source = shards.Source(path, config, trust_remote_code, reward_model, vocabulary, places)
         loading.refuse_odd_stops(path, lm)
-        _grow(lm, vocabulary)
+        shards.grow(lm, vocabulary)
         check_positions(path, lm.config.get_text_config(), max_length)
+        model = in_training(lm)
+        model.source = source
         lm.set_attn_implementation(attention.NAME)
-        return _cast(in_training(lm), dtype)
+        return _cast(model, dtype)
+
+
+def fill(model: LanguageModel, device: torch.device, like: LanguageModel | None = None) -> None:
+    """Give an outline its weights, in place: of a sharded one every rank reads its own rows, all ranks
+    together. A copy takes them from the model that it is `like`, sharded and filled before. The parameters
+    are new objects. Raises ValueError, on every rank, for weights that `load` refuses."""
+    if like is None:
+        shards.fill(model, model.source, device)
+        return
+    shards.fill(model, None, device)
+    fsdp.copy_parameters(like, model)
+    for old, new in zip(like.lm.buffers(), model.lm.buffers(), strict=True):
+        new.copy_(old)
+
+
+def place(
+    model: LanguageModel, dtype: torch.dtype, device: torch.device, like: LanguageModel | None = None
+) -> None:
+    """Shard an outline over all ranks, to compute in `dtype`, and `fill` it."""
+    fsdp.shard(model, model.blocks, dtype, device, model.fp32_modules)
+    fill(model, device, like)
 
 
 def fingerprint(path: str, weights: str = "pretrained") -> str:
@@ -176,7 +228,7 @@ def add_value_head(model: LanguageModel, path: str, seed: int) -> None:
             lines = [*str(error).strip().splitlines(), ""]
             what = (lines[1] or lines[0]).strip()
             raise ValueError(f"{saved}: not this model's value head: {what}") from error
-        loading.refuse_not_finite(str(saved), model.value_head)
+        shards.refuse_not_finite(str(saved), model.value_head)
 
 
 def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
@@ -204,15 +256,11 @@ def add_score(model: LanguageModel, path: str, padding_id: int) -> None:
     )
     if missing:
         raise ValueError(f"{type(lm).__name__}: its sequence classifier has other parameters ({missing[0]})")
-    if any("ForSequenceClassification" in name for name in lm.config.architectures or ()):
-        old = AutoModelForSequenceClassification.from_pretrained(
-            path, use_safetensors=True, **loading.options(path)
-        )
-        if old.score.weight.shape != lm.score.weight.shape:
-            raise ValueError(
-                f"{path}: a classifier of {old.score.weight.shape[0]} labels, not a reward model"
-            )
-        lm.score.weight.data.copy_(old.score.weight)
+    if loading.is_classifier(lm.config):
+        given = shards.score(path)
+        if given.shape != lm.score.weight.shape:
+            raise ValueError(f"{path}: a classifier of {given.shape[0]} labels, not a reward model")
+        lm.score.weight.data.copy_(given)
 
 
 def stop_at(model: LanguageModel, ids: Sequence[int]) -> None:
@@ -238,20 +286,6 @@ def _cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     for parameter in model.parameters():  # not model.to(): rotary frequencies stay fp32, as under FSDP
         parameter.data = parameter.data.to(dtype)
     return model
-
-
-@torch.no_grad()
-def _grow(lm: nn.Module, vocabulary: int) -> None:
-    old = lm.get_input_embeddings().weight.shape[0]
-    if vocabulary > old:
-        lm.resize_token_embeddings(vocabulary, mean_resizing=False)
-        spread = getattr(lm.config.get_text_config(), "initializer_range", 0.02)
-        for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-            for parameter in module.parameters():
-                parameter[old:] = parameter[:old].mean(0)
-            for row in range(old, vocabulary):  # the same twice where both are one matrix
-                noise = torch.randn(module.weight.shape[1], generator=torch.Generator().manual_seed(row))
-                module.weight[row] += spread * noise
 
 
 def check_positions(path: str, config: Any, max_length: int) -> None:

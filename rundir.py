@@ -191,8 +191,8 @@ def leave_if_told(
 
 def check_weights(model: nn.Module, where: str) -> None:
     """Raises ValueError, on all ranks, if a parameter is not finite on one of them."""
-    if name := fsdp.not_finite(model):
-        raise ValueError(f"{where}: weights that are not finite (first: {name.removeprefix('lm.')})")
+    if bad := fsdp.not_finite(model):
+        raise ValueError(f"{where}: weights that are not finite (first: {bad[0].removeprefix('lm.')})")
 
 
 @contextlib.contextmanager

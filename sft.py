@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) else torch.float32
-        policy = model.load(
+        policy = model.outline(
             args.model, masters, *options, vocabulary=len(tokenizer) * (args.method == "csft")
         )
         model.check_vocabulary(tokenizer, policy)
@@ -184,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.method == "csft":
         tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + chat.ASK_FOR_GOOD
     model.checkpoint_activations(policy, args.activation_checkpointing)
-    fsdp.shard(policy, policy.blocks, dtype, device)
+    with config.user_errors():
+        model.place(policy, dtype, device)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )

@@ -408,7 +408,7 @@ def test_what_was_not_finite():
 
 @pytest.mark.parametrize("script", [sft, align])
 def test_weights_that_come_not_finite_are_said_to(root, tmp_path, script, capfd):
-    # red: load without _refuse_not_finite
+    # red: shards.fill without refuse_not_finite
     broken = shutil.copytree(root / "model", tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")

@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
-EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk", "references"}
+EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
 EVERYTHING |= {"frozen", "generation", "loading", "lora", "metadata", "preflight", "progress", "rundir"}
-EVERYTHING |= {"packing", "signals", "store", "values", "vocab"}
+EVERYTHING |= {"packing", "references", "shards", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"frozen", "objective", "references"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -41,8 +41,9 @@ MAY_IMPORT = {
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "loading": {"files"},
     "preflight": {"arrays", "batch", "config", "fsdp", "loading", "lora", "model", "packing", "rundir", "trackers"},
-    "model": {"attention", "files", "loading", "packing", "vocab"},
+    "model": {"attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
     "packing": {"attention", "vocab"},
+    "shards": {"fsdp", "loading"},
     "fsdp": set(),
     "frozen": {"attention", "batch", "fsdp", "model", "objective", "vocab"},
     "references": {"arrays", "batch", "config", "files", "frozen", "fsdp", "lora", "model", "objective"}
@@ -52,7 +53,7 @@ MAY_IMPORT = {
     "config": {"files"},
     "rundir": {"checkpoint", "config", "files", "fsdp", "signals"},
     "signals": set(),
-    "lora": {"config", "files", "fsdp", "loading", "model", "vocab"},
+    "lora": {"config", "files", "fsdp", "loading", "model", "shards", "vocab"},
     "export": {"checkpoint", "config", "fsdp", "loading", "lora"},
     "parts": {"config", "files"},
     "progress": set(),
