@@ -198,7 +198,8 @@ def evaluate(
 
 def running_mean(running: Tensor, device: torch.device) -> Tensor:
     """Of a running (sum, count); 0 before the first step."""
-    return (running[0] / running[1].clamp(min=1)).float().to(device)
+    mean = (running[0] / running[1].clamp(min=1)).item()
+    return torch.full((), mean, dtype=torch.float32, device=device)  # written there, not copied
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:

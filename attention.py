@@ -17,9 +17,9 @@ is registered under NAME: any architecture that uses its attention interface wor
 Left out: attention sinks, bidirectional and cross attention (refused), generation with a cache (use "sdpa").
 """
 
-from itertools import accumulate
 from typing import Any, Iterator, NamedTuple, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -40,34 +40,24 @@ class Layout(NamedTuple):
     query_offsets: Tensor  # (S + 1,) int32, cumulative sizes as variable-length kernels want them
     key_offsets: Tensor  # (S + 1,) int32
 
-    def to(self, device: torch.device | str) -> "Layout":
-        return Layout(*[part.to(device) if isinstance(part, Tensor) else part for part in self])
-
 
 def layout(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     """Segments of a row of groups, each (prompt length, completion lengths). A group needs a completion."""
-    query_sizes = []
-    key_sizes = []
-    prompts = []
-    keys = []
-    start = 0
-    for prompt, completions in groups:
-        first = prompt + completions[0]
-        query_sizes.append(first)
-        key_sizes.append(first)
-        keys.extend(range(start, start + first))
-        end = start + first
-        for length in completions[1:]:
-            query_sizes.append(length)
-            key_sizes.append(prompt + length)
-            keys.extend(range(start, start + prompt))
-            keys.extend(range(end, end + length))
-            end += length
-        prompts += [start] * len(completions)
-        start = end
-    offsets = [torch.tensor([0, *accumulate(sizes)], dtype=torch.int32) for sizes in (query_sizes, key_sizes)]
-    index = None if query_sizes == key_sizes else torch.tensor(keys)
-    return Layout(query_sizes, key_sizes, prompts, index, *offsets)
+    counts = [len(completions) for _, completions in groups]  # segments of each group
+    own = np.array([length for _, completions in groups for length in completions], np.int64)  # (S,)
+    sizes = np.array([prompt for prompt, _ in groups], np.int64)  # (G,)
+    firsts = np.cumsum([0, *counts[:-1]])  # (G,) the segment that holds the prompt
+    shared = np.repeat(sizes, counts)  # (S,) keys before a segment's own
+    shared[firsts] = 0
+    own[firsts] += sizes
+    begins = own.cumsum() - own  # (S,)
+    prompts = np.repeat(begins[firsts], counts)
+    starts, parts = (np.stack(pair, 1).ravel() for pair in ((prompts, begins), (shared, own)))  # (2 S,)
+    index = None
+    if shared.any():  # runs of keys, each from its start on
+        index = torch.from_numpy(np.repeat(starts - parts.cumsum() + parts, parts) + np.arange(parts.sum()))
+    offsets = [torch.from_numpy(np.append(0, ends.cumsum()).astype(np.int32)) for ends in (own, shared + own)]
+    return Layout(own.tolist(), (shared + own).tolist(), prompts.tolist(), index, *offsets)
 
 
 def attend(

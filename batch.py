@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import attention
 import ranking
 from encode import Encoded
 
@@ -26,7 +27,7 @@ class Pack(NamedTuple):
 
     ids: Tensor  # (1, T)
     positions: Tensor  # (1, T) restart at 0 with every group and at the prompt's length with every completion
-    groups: list[tuple[int, list[int]]]  # (prompt length, completion lengths), for attention.layout
+    groups: list[tuple[int, list[int]]]  # (prompt length, completion lengths)
     predict: Tensor  # (N,) index into T of the state that predicts each trained token
     targets: Tensor  # (N,) its token id
     response: Tensor  # (N,) its response
@@ -39,18 +40,41 @@ class Pack(NamedTuple):
     margins: Tensor  # (B,)
     weights: Tensor  # (R,) of each response in the loss; 0 for a filler
     counted: bool  # False for a filler, whose statistics are not the batch's
+    layout: attention.Layout
 
     @property
     def pair_weights(self) -> Tensor:  # (B,)
         return self.weights[self.pairs[0]]
 
     def to(self, device: torch.device | str) -> "Pack":
-        return Pack(*[part.to(device) if isinstance(part, Tensor) else part for part in self])
+        """All of it on a device, by one copy."""
+        if self.ids.device == torch.device(device):
+            return self
+        there = iter(_copied([part for part in (*self, *self.layout) if isinstance(part, Tensor)], device))
+        parts = [next(there) if isinstance(part, Tensor) else part for part in self]
+        segments = [next(there) if isinstance(part, Tensor) else part for part in self.layout]
+        return Pack(*parts)._replace(layout=attention.Layout(*segments))
 
 
 class Work(NamedTuple):
     groups: list[int]  # indices of the groups of one micro-batch of one rank
     counted: bool  # False for a filler, run with weight 0 so that all ranks meet in every collective
+
+
+def _copied(parts: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Tensors on a device, as views of one buffer. It goes there in one piece, and out of pinned memory where
+    that is a GPU's, so that the host need not wait for what the GPU still does."""
+    rooms = [-(-part.nbytes // 16) * 16 for part in parts]  # no view begins within a number of another's
+    begins = np.cumsum([0, *rooms]).tolist()
+    here = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
+
+    def views(room: Tensor) -> list[Tensor]:
+        spans = [room[begin : begin + part.nbytes] for begin, part in zip(begins, parts)]
+        return [span.view(part.dtype).view(part.shape) for span, part in zip(spans, parts)]
+
+    for view, part in zip(views(here), parts):
+        view.copy_(part)
+    return views(here.to(device, non_blocking=True))
 
 
 def pack(groups: Sequence[Encoded], counted: bool = True, pairs: str = "best-worst") -> Pack:
@@ -102,15 +126,17 @@ def pack(groups: Sequence[Encoded], counted: bool = True, pairs: str = "best-wor
         torch.tensor(margins),
         torch.tensor(weights),
         counted,
+        attention.layout(sizes),
     )
 
 
-def summed(values: Tensor, pack: Pack) -> Tensor:
-    """(sum, count) in fp64, for fsdp.mean_over_ranks; (0, 0) for a filler."""
-    counted = float(pack.counted)
-    return torch.stack(
-        [values.double().sum() * counted, values.new_tensor(values.numel() * counted).double()]
-    )
+def summed(values: Tensor, pack: Pack, where: Tensor | None = None) -> Tensor:
+    """(sum, count) in fp64, for fsdp.mean_over_ranks, of all values or of those `where` (like values) holds;
+    (0, 0) for a filler. Chosen by a mask, not by an index, for whose size the host would wait for a GPU."""
+    wide, counted = values.double(), float(pack.counted)
+    if where is None:
+        return torch.stack([wide.sum() * counted, wide.new_full((), values.numel() * counted)])
+    return torch.stack([torch.where(where, wide, 0.0).sum() * counted, where.double().sum() * counted])
 
 
 def thin(

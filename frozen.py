@@ -7,7 +7,6 @@ advantages, whitened over the step (objective.Frozen). A loss sees that and its 
 import torch
 from torch import Tensor
 
-import attention
 import batch
 import fsdp
 import model
@@ -17,8 +16,7 @@ from objective import Frozen, Objective, by_response
 
 def hidden_states(lm: model.LanguageModel, pack: batch.Pack, ends: bool = False) -> Tensor:
     """The states that predict the trained tokens (N, D), or the last of each response (R, D)."""
-    layout = attention.layout(pack.groups).to(pack.ids.device)
-    return lm(pack.ids, pack.positions, layout, pack.ends if ends else pack.predict)
+    return lm(pack.ids, pack.positions, pack.layout, pack.ends if ends else pack.predict)
 
 
 @torch.no_grad()
@@ -64,7 +62,7 @@ def freeze(
     logged = {}
     if objective.mismatches:
         logged["kl_estimate"] = found["kl_estimate"]
-        estimate = torch.tensor(found["kl_estimate"], dtype=torch.float32, device=delta.device)
+        estimate = torch.full_like(delta, found["kl_estimate"])  # written there, not copied
         founds = [f._replace(kl_estimate=estimate) for f in founds]
     if objective.advantages is not None:
         spread = {n: found[f"{n}_squared"] - found[n] ** 2 for n in ("advantages", "returns", "errors")}

@@ -376,16 +376,18 @@ def tally(
 def compare(values: Tensor, pack: batch.Pack) -> dict[str, Tensor]:
     """(sum, count) of (2, B), (R,) or (N,) values: of chosen and rejected (desirable and undesirable) ones,
     all, and the margins of pairs; a tie is half right."""
+    summed = functools.partial(batch.summed, pack=pack)
     if values.dim() == 2:
-        chosen, rejected = better, worse = values  # (B,) each
+        better, worse = values  # (B,) each
+        found = {"chosen": summed(better), "rejected": summed(worse)}
     else:
         values = values if len(values) == len(pack.ends) else by_response(values, pack)  # (R,)
-        chosen, rejected = values[pack.desirable], values[~pack.desirable]
+        found = {"chosen": summed(values, where=pack.desirable)}
+        found |= {"rejected": summed(values, where=~pack.desirable)}
         better, worse = values[pack.pairs]  # (B,) each
     margins = better - worse  # (B,)
-    found = {"chosen": chosen, "rejected": rejected, "mean": values}
-    found |= {"margins": margins, "accuracies": (margins.sign() + 1) / 2}
-    return {name: batch.summed(part, pack) for name, part in found.items()}
+    found |= {"mean": summed(values), "margins": summed(margins)}
+    return found | {"accuracies": summed((margins.sign() + 1) / 2)}
 
 
 def check_start(stats: dict[str, Tensor | None]) -> None:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 import arrays
-import attention
 import batch
 import chat
 import checkpoint
@@ -103,8 +102,7 @@ def load_examples(
 
 def forward(policy: model.LanguageModel, pack: batch.Pack) -> losses.Loss:
     """One micro-batch from ids to per-token losses."""
-    layout = attention.layout(pack.groups).to(pack.ids.device)
-    hidden = policy(pack.ids, pack.positions, layout, pack.predict)  # (N, D)
+    hidden = policy(pack.ids, pack.positions, pack.layout, pack.predict)  # (N, D)
     tokens = vocab.token_statistics(hidden, policy.head, pack.targets)  # (N,)
     return losses.sft(tokens.logps)
 
