@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "batch": {"attention", "encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "loading": {"files"},
-    "preflight": {"arrays", "batch", "config", "fsdp", "loading", "lora", "model", "rundir", "trackers"},
+    "preflight": {"arrays", "attention", "batch", "config", "fsdp", "loading", "lora", "model", "rundir", "trackers"},
     "model": {"attention", "files", "loading", "vocab"},
     "fsdp": set(),
     "frozen": {"batch", "fsdp", "model", "objective", "vocab"},

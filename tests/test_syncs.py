@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import align
+import attention
 import batch
 import encode
 import fsdp
@@ -25,6 +26,7 @@ import risk
 import sft
 from frozen import freeze, hidden_states
 
+CUDA = torch.cuda.is_available()
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 49_152  # of a size at which the head's tiles are of 21 positions
 # Operations whose result's shape or value the host must know before it goes on.
@@ -224,3 +226,34 @@ def test_a_pack_goes_to_a_device_in_one_copy_and_arrives_as_it_was():
     assert [(p.shape, p.dtype) for p in moved] == [(p.shape, p.dtype) for p in parts]
     assert {part.device.type for part in moved} == {"meta"}
     assert all(map(torch.equal, batch._copied(parts, "cpu"), parts))
+
+
+def test_the_check_of_the_start_allows_nothing_here_and_a_share_on_cuda(monkeypatch):
+    # red: the tolerance on a CPU too; one that is not a share of the log-probabilities
+    logps = torch.tensor([[-40.0, -80.0]])
+    stats = {"policy_logps": logps, "ref_logps": logps, "kl": torch.zeros(1, 2), "risk": None}
+    objective.check_start(stats)
+    near, far = (stats | {"ref_logps": logps + error} for error in (0.05, 0.1))
+    for wrong in (near, far):
+        with pytest.raises(RuntimeError, match="at step 0"):
+            objective.check_start(wrong)
+    monkeypatch.setitem(objective.START_TOLERANCE, "cpu", objective.START_TOLERANCE["cuda"])
+    objective.check_start(near)
+    with pytest.raises(RuntimeError, match="at step 0"):
+        objective.check_start(far)
+
+
+@pytest.mark.parametrize("script", [align, sft])
+def test_a_model_that_no_kernel_computes_and_a_missing_device_are_said_at_once(base, script, monkeypatch, capsys):
+    """Before anything is read or loaded. red: preflight.begin without either"""
+    argv = ["--model", str(base), "--data", "none.jsonl", "--out", "none", "--weights", "random"]
+    with pytest.raises(SystemExit):
+        script.main(argv)
+    said = capsys.readouterr()
+    assert said.out == "--device auto: no CUDA device is visible, so on the CPU\n" * (not CUDA)
+    monkeypatch.setattr(attention, "KERNEL_WIDTH", 4)
+    with pytest.raises(SystemExit):
+        script.main([*argv, "--device", "cuda"])
+    said = capsys.readouterr()
+    what = "heads of 8 numbers, and CUDA's kernels take 4; --dtype float32 takes any, slowly"
+    assert said.err == f"error: {base}: {what}\n"
