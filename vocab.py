@@ -71,8 +71,8 @@ def token_statistics(
     risk.py (hyper-parameters bound by functools.partial), risk. Gradients reach hidden, head.weight and
     head.bias through logps and through the one drift named by `through` ("kl", "risk" or None); the other
     drift is a constant. With `entropy`, H = -sum_v pi log pi of the policy, with its gradient. `chunk_size`
-    positions are projected at a time; None fits a block of logits into CHUNK_BYTES, or CUDA's. No result depends on it
-    beyond the rounding of a matmul.
+    positions are projected at a time; None fits a block of logits into CHUNK_BYTES, or CUDA's. No result
+    depends on it beyond the rounding of a matmul.
 
     Raises ValueError if `through` names a drift that is not computed.
     """
