@@ -191,7 +191,7 @@ def evaluate(
         tallies.append(tally(objective, out, stats, pack, mine))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
-    number = sum(objective.batch_units(example.scores) for example in examples)
+    number = int(objective.counts(examples).sum())
     numbers = {objective.batch_unit: number} | {f"pairs/{name}": subsets[name] for name in subsets}
     return {"split": "eval", **numbers, **means(tallies), **logged}
 
@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shares = plan[index]  # of the ranks
             works = shares[rank]
             counted = [g for share in shares for work in share if work.counted for g in work.groups]
-            number = sum(objective.units(train[group]) for group in counted)
+            number = objective.number(train, units, counted)
             packs = strangers = batch.packs(train, works, how, device)
             if objective.mismatches:
                 strangers = batch.packs(others, works, how, device)

@@ -268,13 +268,9 @@ class Objective(NamedTuple):
         """What --batch-size counts."""
         return "pairs" if self.pairs else "responses"
 
-    def batch_units(self, scores: Sequence[float]) -> int:
-        """How many of them an example with completions of these scores has."""
-        return len(ranking.pair_indices(scores, self.pairs)) if self.pairs else len(scores)
-
-    def units(self, example: encode.Encoded) -> int:
-        """How many losses an example has."""
-        return example.trained_tokens if self.unit == "tokens" else self.batch_units(example.scores)
+    def number(self, found: Store, counts: np.ndarray, chosen: Sequence[int]) -> int:
+        """How many losses some examples of a store have, whose `counts` (n,) are known."""
+        return found.trained_tokens(chosen) if self.unit == "tokens" else int(counts[chosen].sum())
 
     def weights(self, pack: batch.Pack) -> Tensor:
         """Of each unit in the sum."""

@@ -122,7 +122,7 @@ def evaluate(
     works = batch.plan(examples.lengths, len(examples), world_size, args.tokens_per_microbatch, None)[0][rank]
     for work in progress.bar(works, "evaluation"):
         between()
-        pack = batch.pack([examples[index] for index in work.groups], work.counted).to(device)
+        pack = batch.packs(examples, [work], "best-worst", device)[0]
         tallies.append(tally(forward(policy, pack), pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
@@ -230,10 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         shares = plan[index]  # of the ranks
         works = shares[rank]
         counted = [group for share in shares for work in share if work.counted for group in work.groups]
-        packs = [
-            batch.pack([train[group] for group in work.groups], work.counted).to(device) for work in works
-        ]
-        units = sum(train[group].trained_tokens for group in counted)
+        packs = batch.packs(train, works, "best-worst", device)
+        units = train.trained_tokens(counted)
         tallies = []
         for pack in packs:
             out = forward(policy, pack)

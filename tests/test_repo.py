@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "arrays": {"encode"},
     # the name of a cache is a hash of the code of all that read and encode
     "store": {"arrays", "chat", "data", "encode", "files", "formats", "progress", "ranking", "values"},
-    "batch": {"attention", "encode", "ranking"},
+    "batch": {"arrays", "attention", "encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "loading": {"files"},
     "preflight": {"arrays", "attention", "batch", "config", "fsdp", "loading", "lora", "model", "rundir", "trackers"},

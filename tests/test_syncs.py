@@ -9,10 +9,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+from test_store import kept
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import align
@@ -119,9 +121,10 @@ def step_of_align(base, loss, *flags, device="cpu"):
     for part in filter(None, (policy, reference)):
         part.to(device)
     work = [batch.Work([0, 1, 2], True)]
-    partners = [1, 2, 0] if asked.mismatches else None
-    place = torch.device(device)
-    packs, strangers = batch.packs(examples(), work, partners, 64, asked.pairs or "best-worst", place)
+    given = kept(examples())
+    place, how = torch.device(device), asked.pairs or "best-worst"
+    packs = batch.packs(given, work, how, place)
+    strangers = batch.packs(given.mismatched(np.array([1, 2, 0]), 64), work, how, place)
     delta = torch.zeros((), device=device)
     with counted() as inside:
         with torch.no_grad():
