@@ -577,15 +577,16 @@ def advantages(
         raise ValueError(f"0 < gamma <= 1 and 0 <= gae_lambda <= 1 are needed, got {gamma}, {gae_lambda}")
     ends = torch.searchsorted(response, response, right=True) - 1  # (N,) T of each token's response
     backwards = ends - torch.arange(len(values), device=values.device)  # (N,) T - t
-    future = torch.where(backwards > 0, values.roll(-1), 0.0)  # (N,) V_{t+1}
+    future = torch.where(backwards > 0, values.roll(-1), 0.0).double()  # (N,) V_{t+1}
     found = torch.where(backwards == 0, rewards[response], 0.0) + gamma * future - values  # (N,) delta_t
-    # every sum over 1, 2, 4, ... tokens is made of two of half as many
+    # Every sum over 1, 2, 4, ... tokens is made of two of half as many, in fp64: a loop over time would read
+    # the longest response's length off a GPU.
     reach = 1
     while reach < len(values):
         later = torch.where(backwards >= reach, found.roll(-reach), 0.0)  # (N,)
         found = found + (gamma * gae_lambda) ** reach * later
         reach *= 2
-    return found, rewards[response] * gamma ** backwards.to(values.dtype)
+    return found.to(values.dtype), rewards[response] * gamma ** backwards.to(values.dtype)
 
 
 # ---- helpers
