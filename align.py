@@ -211,14 +211,15 @@ def evaluate(
         tallies.append(tally(objective, out, stats, pack, mine))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
-    number = sum(objective.batch_units(example.scores) for example in examples)
+    number = int(objective.counts(examples).sum())
     numbers = {objective.batch_unit: number} | {f"pairs/{name}": subsets[name] for name in subsets}
     return {"split": "eval", **numbers, **means(tallies), **logged}
 
 
 def running_mean(running: Tensor, device: torch.device) -> Tensor:
     """Of a running (sum, count); 0 before the first step."""
-    return (running[0] / running[1].clamp(min=1)).float().to(device)
+    mean = (running[0] / running[1].clamp(min=1)).item()
+    return torch.full((), mean, dtype=torch.float32, device=device)  # written there, not copied
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
@@ -340,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shares = plan[index]  # of the ranks
             works = shares[rank]
             counted = [g for share in shares for work in share if work.counted for g in work.groups]
-            number = sum(objective.units(train[group]) for group in counted)
+            number = objective.number(train, units, counted)
             packs = strangers = batch.packs(train, works, how, device)
             if objective.mismatches:
                 strangers = batch.packs(others, works, how, device)

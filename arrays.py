@@ -34,6 +34,20 @@ class Arrays(NamedTuple):
     subsets: np.ndarray  # (n,) UTF-8, the first 32 bytes of a longer name
 
 
+class Rows(NamedTuple):
+    """G examples of P pieces of T tokens, end to end."""
+
+    ids: np.ndarray  # (T,)
+    trained: np.ndarray  # (T,)
+    counts: np.ndarray  # (G,) pieces of each example: its prompt and its completions
+    sizes: np.ndarray  # (P,) tokens of each piece
+    scores: np.ndarray  # (P,)
+    labels: np.ndarray  # (P,)
+    places: np.ndarray | None  # (P,)
+    weights: np.ndarray  # (G,)
+    margins: np.ndarray  # (G,)
+
+
 PIECES = ("starts", "sizes", "scores", "labels", "places")
 EXAMPLES = ("weights", "margins", "prompts", "subsets")
 TYPES = Arrays("<i4", "?", "<i8", "<i4", "<f8", "?", "<i8", "<i8", "<f8", "<f8", "<i8", "S32")
@@ -68,14 +82,38 @@ class Store(Sequence):
             places=found.places[completions].tolist(),
         )
 
+    def rows(self, chosen: Sequence[int]) -> Rows:
+        """Some examples, by index, end to end: copies of their spans, and no object a token."""
+        found = self.arrays
+        chosen = np.asarray(chosen)
+        counts = found.first[chosen + 1] - found.first[chosen]  # (G,)
+        pieces = np.repeat(found.first[chosen] - counts.cumsum() + counts, counts) + np.arange(counts.sum())
+        texts = [np.concatenate(self._texts(name, pieces)) for name in ("ids", "trained")]
+        named = [getattr(found, name)[pieces] for name in ("sizes", "scores", "labels", "places")]
+        return Rows(*texts, counts, *named, found.weights[chosen], found.margins[chosen])
+
+    def trained_tokens(self, chosen: Sequence[int]) -> int:
+        """Of some examples, by index."""
+        first = self.arrays.first
+        pieces = [piece for index in chosen for piece in range(first[index] + 1, first[index + 1])]
+        return sum(map(np.count_nonzero, self._texts("trained", np.array(pieces))))
+
+    def _texts(self, name: str, pieces: np.ndarray) -> list[np.ndarray]:
+        """The tokens' array of this name, cut into pieces."""
+        text = getattr(self.arrays, name)
+        text = np.asarray(text) if isinstance(text, np.ndarray) else text  # a slice of a memmap takes 3 us
+        starts = self.arrays.starts[pieces]
+        ends = starts + self.arrays.sizes[pieces]
+        return [text[begin:end] for begin, end in zip(starts.tolist(), ends.tolist())]
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example: (n,)."""
         return np.add.reduceat(self.arrays.sizes, self.arrays.first[:-1], dtype=np.int32)
 
     @property
-    def trained_tokens(self) -> int:
-        """Of all that were written, chosen or not: what `places` count."""
+    def slots(self) -> int:
+        """Trained tokens of all that was written, chosen or not: what `places` count."""
         return sum(map(np.count_nonzero, getattr(self.arrays.trained, "parts", [self.arrays.trained])))
 
     @property
@@ -241,7 +279,7 @@ def joined(stores: Sequence[Store]) -> Store:
     plain = {
         name: np.concatenate([getattr(found, name) for found in arrays]) for name in (*PIECES, *EXAMPLES)
     }
-    trained = np.cumsum([0, *[store.trained_tokens for store in stores]])
+    trained = np.cumsum([0, *[store.slots for store in stores]])
     for name, before in (("starts", tokens), ("places", trained)):
         plain[name] = np.concatenate([getattr(found, name) + begin for found, begin in zip(arrays, before)])
     texts = {name: Chained([getattr(found, name) for found in arrays]) for name in ("ids", "trained")}

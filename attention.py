@@ -9,20 +9,24 @@ completion is one plain causal segment, and every further completion is a segmen
 completion]. Position p of a segment's keys is key p, so a sliding window is a distance of key indices within
 the segment, never in the row.
 
-`Layout` holds the index arithmetic. On CUDA it feeds one variable-length kernel call; elsewhere `_Segments`
-walks the very same segments in matrix products, for torch's kernels of a CPU take four times as long for the
-backward pass of segments this short, and round more. transformers hands `layout` through to `attend`, which
-is registered under NAME: any architecture that uses its attention interface works unchanged.
+`Layout` holds the index arithmetic. On CUDA, in 16 bits, it feeds one variable-length kernel call; elsewhere
+`_Segments` walks the very same segments in matrix products, for torch's kernels of a CPU take four times as
+long for the backward pass of segments this short, and round more, and those of CUDA have no fp32.
+transformers hands `layout` through to `attend`, which is registered under NAME: any architecture that uses
+its attention interface works unchanged.
 
 Left out: attention sinks, bidirectional and cross attention (refused), generation with a cache (use "sdpa").
 """
 
-from itertools import accumulate
-from typing import Any, Iterator, NamedTuple, Sequence
+import functools
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 import precision
@@ -30,6 +34,7 @@ import precision
 NAME = "packed"
 TILE_ROWS = 256  # queries of a tile: a larger one wastes more products on what causality hides
 TILE_BYTES = 2**22  # of a tile's scores in fp32: what a CPU's caches hold
+KERNEL_WIDTH = 256  # of a head, the most that CUDA's kernels take
 
 
 class Layout(NamedTuple):
@@ -40,34 +45,41 @@ class Layout(NamedTuple):
     query_offsets: Tensor  # (S + 1,) int32, cumulative sizes as variable-length kernels want them
     key_offsets: Tensor  # (S + 1,) int32
 
-    def to(self, device: torch.device | str) -> "Layout":
-        return Layout(*[part.to(device) if isinstance(part, Tensor) else part for part in self])
-
 
 def layout(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     """Segments of a row of groups, each (prompt length, completion lengths). A group needs a completion."""
-    query_sizes = []
-    key_sizes = []
-    prompts = []
-    keys = []
-    start = 0
-    for prompt, completions in groups:
-        first = prompt + completions[0]
-        query_sizes.append(first)
-        key_sizes.append(first)
-        keys.extend(range(start, start + first))
-        end = start + first
-        for length in completions[1:]:
-            query_sizes.append(length)
-            key_sizes.append(prompt + length)
-            keys.extend(range(start, start + prompt))
-            keys.extend(range(end, end + length))
-            end += length
-        prompts += [start] * len(completions)
-        start = end
-    offsets = [torch.tensor([0, *accumulate(sizes)], dtype=torch.int32) for sizes in (query_sizes, key_sizes)]
-    index = None if query_sizes == key_sizes else torch.tensor(keys)
-    return Layout(query_sizes, key_sizes, prompts, index, *offsets)
+    counts = [len(completions) for _, completions in groups]  # segments of each group
+    own = np.array([length for _, completions in groups for length in completions], np.int64)  # (S,)
+    sizes = np.array([prompt for prompt, _ in groups], np.int64)  # (G,)
+    firsts = np.cumsum([0, *counts[:-1]])  # (G,) the segment that holds the prompt
+    shared = np.repeat(sizes, counts)  # (S,) keys before a segment's own
+    shared[firsts] = 0
+    own[firsts] += sizes
+    begins = own.cumsum() - own  # (S,)
+    prompts = np.repeat(begins[firsts], counts)
+    starts, parts = (np.stack(pair, 1).ravel() for pair in ((prompts, begins), (shared, own)))  # (2 S,)
+    index = None
+    if shared.any():  # runs of keys, each from its start on
+        index = torch.from_numpy(np.repeat(starts - parts.cumsum() + parts, parts) + np.arange(parts.sum()))
+    offsets = [torch.from_numpy(np.append(0, ends.cumsum()).astype(np.int32)) for ends in (own, shared + own)]
+    return Layout(own.tolist(), (shared + own).tolist(), prompts.tolist(), index, *offsets)
+
+
+def refuse(config: Any, device: str, dtype: torch.dtype) -> None:
+    """Raises ValueError for a model of transformers' `config` whose attention no kernel computes on this
+    device in this dtype. A CPU computes everything, and so does CUDA in fp32, slowly."""
+    if device != "cuda" or dtype == torch.float32:
+        return
+    text = config.get_text_config()
+    sizes = {name: getattr(text, name, None) or 0 for name in ("head_dim", "global_head_dim", "v_head_dim")}
+    sizes["plain"] = text.hidden_size // text.num_attention_heads if not sizes["head_dim"] else 0
+    sizes["latent"] = sum(getattr(text, f"qk_{part}_head_dim", None) or 0 for part in ("nope", "rope"))
+    if max(sizes.values()) > KERNEL_WIDTH:
+        what = f"heads of {max(sizes.values())} numbers, and CUDA's kernels take {KERNEL_WIDTH}"
+        raise ValueError(f"{what}; --dtype float32 takes any, slowly")
+    if getattr(text, "attn_logit_softcapping", None) and _flash_attn() is None:
+        what = "a soft-cap on attention, for which CUDA needs flash-attn: pip install flash-attn"
+        raise ValueError(f"{what}; --dtype float32 needs nothing, slowly")
 
 
 def attend(
@@ -94,7 +106,7 @@ def attend(
     if dropout or s_aux is not None or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ValueError("packed attention has no dropout, sinks, masks or bidirectional layers")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda:
+    if query.is_cuda and query.element_size() == 2:
         return _varlen(query, key, value, layout, scaling, sliding_window, softcap), None
     return _Segments.apply(query, key, value, layout, scaling, sliding_window, softcap), None
 
@@ -230,6 +242,35 @@ def _add(total: Tensor, tile: _Tile, part: Tensor) -> None:
     total[:, tile.own].add_(part[:, shared:])
 
 
+class _Gathered(torch.autograd.Function):
+    """Rows of states (T, H, E) at an index. The gradients of a row's copies, one a completion, add up in
+    fp32, where index_select would round after each addition to the 16 bits of its operands."""
+
+    @staticmethod
+    def forward(ctx, states, index):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(index)
+        ctx.rows = len(states)
+        return states.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros(ctx.rows, *grad.shape[1:], dtype=wide)  # (T, H, E)
+        return total.index_add_(0, *ctx.saved_tensors, grad.to(wide)).to(grad.dtype), None
+
+
+@functools.cache
+def _flash_attn() -> Callable | None:
+    """flash-attn's kernel, or None where it is not installed. Looked up once, for an import that fails takes
+    0.1 ms, in every layer."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -243,44 +284,24 @@ def _varlen(
 
     Keys are gathered here, inside what activation checkpointing recomputes, so the K copies of a prompt are
     never saved. Both align a causal mask at the end of the keys and count a window without the query itself.
-    Not run here: no GPU.
+    Both want one head size, a multiple of 8, for queries, keys and values: zeros fill it up. Not run here: no
+    GPU.
     """
-    q, k, v = (states.transpose(1, 2).squeeze(0) for states in (query, key, value))  # (tokens, H or Hkv, E)
+    size = value.shape[3]
+    width = max(query.shape[3], size)
+    width += -width % 8
+    heads = [states.transpose(1, 2).squeeze(0) for states in (query, key, value)]  # (tokens, H or Hkv, E)
     if layout.keys is not None:
-        k, v = (states.index_select(0, layout.keys) for states in (k, v))  # (sum key_sizes, Hkv, E)
-    sizes = (max(layout.query_sizes), max(layout.key_sizes))
+        heads[1:] = [_Gathered.apply(states, layout.keys) for states in heads[1:]]  # (sum key_sizes, Hkv, E)
+    heads = [F.pad(part, (0, width - part.shape[2])) if part.shape[2] < width else part for part in heads]
     left = -1 if window is None else window - 1
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        from torch.nn.attention.varlen import varlen_attn
-
-        if cap is not None:
-            raise ValueError(
-                "a soft cap on attention needs flash-attn on CUDA: pip install flash-attn"
-            ) from None
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            layout.query_offsets,
-            layout.key_offsets,
-            *sizes,
-            scale=scaling,
-            window_size=(left, 0),
-            enable_gqa=k.shape[1] != q.shape[1],
-        )
+    places = (layout.query_offsets, layout.key_offsets, max(layout.query_sizes), max(layout.key_sizes))
+    options = {"window_size": (left, 0)}
+    if flash := _flash_attn():
+        out = flash(*heads, *places, softmax_scale=scaling, causal=True, softcap=cap or 0.0, **options)
+    elif cap is None:
+        grouped = key.shape[1] != query.shape[1]
+        out = varlen_attn(*heads, *places, scale=scaling, enable_gqa=grouped, **options)
     else:
-        out = flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            layout.query_offsets,
-            layout.key_offsets,
-            *sizes,
-            softmax_scale=scaling,
-            causal=True,
-            window_size=(left, 0),
-            softcap=cap or 0.0,
-        )
-    return out.unsqueeze(0)
+        raise ValueError("a soft-cap on attention needs flash-attn on CUDA: pip install flash-attn")
+    return out[..., :size].unsqueeze(0)

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import attention
 import ranking
+from arrays import Rows, Store
 from encode import Encoded
 
 
@@ -26,11 +28,11 @@ class Pack(NamedTuple):
 
     ids: Tensor  # (1, T)
     positions: Tensor  # (1, T) restart at 0 with every group and at the prompt's length with every completion
-    groups: list[tuple[int, list[int]]]  # (prompt length, completion lengths), for attention.layout
+    groups: list[tuple[int, list[int]]]  # (prompt length, completion lengths)
     predict: Tensor  # (N,) index into T of the state that predicts each trained token
     targets: Tensor  # (N,) its token id
     response: Tensor  # (N,) its response
-    tokens: Tensor | None  # (N,) its place among the trained tokens of a store, if the groups come from one
+    tokens: np.ndarray | None  # (N,) its place among the trained tokens of a store, if the groups are of one
     ends: Tensor  # (R,) index into T of each response's last token
     scores: Tensor  # (R,)
     desirable: Tensor  # (R,) bool
@@ -39,13 +41,20 @@ class Pack(NamedTuple):
     margins: Tensor  # (B,)
     weights: Tensor  # (R,) of each response in the loss; 0 for a filler
     counted: bool  # False for a filler, whose statistics are not the batch's
+    layout: attention.Layout
 
     @property
     def pair_weights(self) -> Tensor:  # (B,)
         return self.weights[self.pairs[0]]
 
     def to(self, device: torch.device | str) -> "Pack":
-        return Pack(*[part.to(device) if isinstance(part, Tensor) else part for part in self])
+        """All of it on a device, by one copy."""
+        if self.ids.device == torch.device(device):
+            return self
+        there = iter(_copied([part for part in (*self, *self.layout) if isinstance(part, Tensor)], device))
+        parts = [next(there) if isinstance(part, Tensor) else part for part in self]
+        segments = [next(there) if isinstance(part, Tensor) else part for part in self.layout]
+        return Pack(*parts)._replace(layout=attention.Layout(*segments))
 
 
 class Work(NamedTuple):
@@ -53,64 +62,97 @@ class Work(NamedTuple):
     counted: bool  # False for a filler, run with weight 0 so that all ranks meet in every collective
 
 
+def _copied(parts: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Tensors on a device, as views of one buffer. It goes there in one piece, and out of pinned memory where
+    that is a GPU's, so that the host need not wait for what the GPU still does."""
+    rooms = [-(-part.nbytes // 16) * 16 for part in parts]  # no view begins within a number of another's
+    begins = np.cumsum([0, *rooms]).tolist()
+    here = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
+
+    def views(room: Tensor) -> list[Tensor]:
+        spans = [room[begin : begin + part.nbytes] for begin, part in zip(begins, parts)]
+        return [span.view(part.dtype).view(part.shape) for span, part in zip(spans, parts)]
+
+    for view, part in zip(views(here), parts):
+        view.copy_(part)
+    return views(here.to(device, non_blocking=True))
+
+
 def pack(groups: Sequence[Encoded], counted: bool = True, pairs: str = "best-worst") -> Pack:
     """Groups end to end in one row, nothing padded. `counted` False makes every weight 0 (a filler)."""
-    ids, positions, sizes, predict, targets, response, ends, scores, weights = ([] for _ in range(9))
-    labels, members, found, margins, tokens = ([] for _ in range(5))
-    for number, group in enumerate(groups):
-        start = len(ids)
-        prompt = len(group.prompt)
-        first_response = len(ends)
-        ids += group.prompt
-        positions += range(prompt)
-        for turn, (completion, trained) in enumerate(zip(group.completions, group.trained)):
-            begin, before = len(ids), len(predict)
-            ids += completion
-            positions += range(prompt, prompt + len(completion))
-            for index, wanted in enumerate(trained):
-                if wanted and (index or prompt):  # nothing predicts the first token of all
-                    # the prompt's last state predicts the first token of every completion
-                    predict.append(begin + index - 1 if index else start + prompt - 1)
-                    targets.append(completion[index])
-                    response.append(len(ends))
-            if group.places:
-                tokens += range(group.places[turn], group.places[turn] + len(predict) - before)
-            ends.append(len(ids) - 1)
-        sizes.append((prompt, [len(completion) for completion in group.completions]))
-        scores += group.scores
-        labels += group.labels or ranking.desirable(group.scores)
-        members += [number] * len(group.completions)
-        weights += [group.weight * counted] * len(group.completions)
-        reach = max(group.scores) - min(group.scores)
-        for better, worse in ranking.pair_indices(group.scores, pairs):
-            found.append((first_response + better, first_response + worse))
+    ids = [token for group in groups for piece in (group.prompt, *group.completions) for token in piece]
+    masks = [mask for group in groups for mask in ([False] * len(group.prompt), *group.trained)]
+    labels = [flag for g in groups for flag in (False, *(g.labels or ranking.desirable(g.scores)))]
+    placed = all(group.places for group in groups)
+    found = Rows(
+        np.array(ids, np.int64),
+        np.array([wanted for mask in masks for wanted in mask], bool),
+        np.array([1 + len(group.completions) for group in groups]),
+        np.array([len(mask) for mask in masks]),
+        np.array([score for group in groups for score in (0.0, *group.scores)]),
+        np.array(labels),
+        np.array([place for group in groups for place in (0, *group.places)]) if placed else None,
+        np.array([group.weight for group in groups]),
+        np.array([group.margin for group in groups]),
+    )
+    return _packed(found, counted, pairs)
+
+
+def _packed(rows: Rows, counted: bool, how: str) -> Pack:
+    """`pack` of examples that lie end to end."""
+    firsts = rows.counts.cumsum() - rows.counts  # (G,) the piece that is each prompt
+    owners = np.repeat(np.arange(len(firsts)), rows.counts)  # (P,)
+    starts = rows.sizes.cumsum() - rows.sizes  # (P,)
+    prompts = rows.sizes[firsts]  # (G,)
+    answers = np.delete(np.arange(len(owners)), firsts)  # (R,) pieces
+    before = prompts[owners]  # (P,) position of each piece's first token
+    before[firsts] = 0
+    positions = np.arange(len(rows.ids)) - np.repeat(starts - before, rows.sizes)  # (T,)
+    at = np.flatnonzero(rows.trained & (positions > 0))  # (N,) nothing predicts the first token of all
+    pieces = np.searchsorted(starts + rows.sizes, at, "right")  # (N,)
+    # the prompt's last state predicts the first token of every completion
+    last = (starts[firsts] + prompts - 1)[owners]  # (P,)
+    predict = np.where(at == starts[pieces], last[pieces], at - 1)
+    tokens = None
+    if rows.places is not None:
+        tokens = rows.places[pieces] + np.arange(len(at)) - np.searchsorted(pieces, pieces)
+    sizes, scores, borders = rows.sizes.tolist(), rows.scores.tolist(), [*firsts.tolist(), len(owners)]
+    groups, pairs, margins = [], [], []
+    for g, (begin, end) in enumerate(zip(borders, borders[1:])):
+        groups.append((sizes[begin], sizes[begin + 1 : end]))
+        own = scores[begin + 1 : end]
+        reach = max(own) - min(own)
+        for better, worse in ranking.pair_indices(own, how):
+            pairs.append((begin - g + better, begin - g + worse))
             # the row's margin is the best's over the worst; other pairs have their share of the scores' reach
-            margins.append(group.margin * ((group.scores[better] - group.scores[worse]) / reach))
+            margins.append(rows.margins[g] * ((own[better] - own[worse]) / reach))
     return Pack(
-        torch.tensor([ids]),
-        torch.tensor([positions]),
-        sizes,
-        torch.tensor(predict),
-        torch.tensor(targets),
-        torch.tensor(response),
-        torch.tensor(tokens) if tokens else None,
-        torch.tensor(ends),
-        torch.tensor(scores),
-        torch.tensor(labels),
-        torch.tensor(members),
-        torch.tensor(found, dtype=torch.long).reshape(-1, 2).t(),
-        torch.tensor(margins),
-        torch.tensor(weights),
+        torch.from_numpy(rows.ids.astype(np.int64))[None],
+        torch.from_numpy(positions)[None],
+        groups,
+        torch.from_numpy(predict),
+        torch.from_numpy(rows.ids[at].astype(np.int64)),
+        torch.from_numpy(pieces - owners[pieces] - 1),
+        tokens,
+        torch.from_numpy((starts + rows.sizes - 1)[answers]),
+        torch.from_numpy(rows.scores[answers].astype(np.float32)),
+        torch.from_numpy(rows.labels[answers]),
+        torch.from_numpy(owners[answers]),
+        torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).t(),
+        torch.tensor(margins, dtype=torch.float32),
+        torch.from_numpy((rows.weights * counted)[owners[answers]].astype(np.float32)),
         counted,
+        attention.layout(groups),
     )
 
 
-def summed(values: Tensor, pack: Pack) -> Tensor:
-    """(sum, count) in fp64, for fsdp.mean_over_ranks; (0, 0) for a filler."""
-    counted = float(pack.counted)
-    return torch.stack(
-        [values.double().sum() * counted, values.new_tensor(values.numel() * counted).double()]
-    )
+def summed(values: Tensor, pack: Pack, where: Tensor | None = None) -> Tensor:
+    """(sum, count) in fp64, for fsdp.mean_over_ranks, of all values or of those `where` (like values) holds;
+    (0, 0) for a filler. Chosen by a mask, not by an index, for whose size the host would wait for a GPU."""
+    wide, counted = values.double(), float(pack.counted)
+    if where is None:
+        return torch.stack([wide.sum() * counted, wide.new_full((), values.numel() * counted)])
+    return torch.stack([torch.where(where, wide, 0.0).sum() * counted, where.double().sum() * counted])
 
 
 def thin(
@@ -154,11 +196,9 @@ def partners(prompts: Sequence[int], order: Sequence[int]) -> np.ndarray:
     return found
 
 
-def packs(
-    examples: Sequence[Encoded], works: Sequence["Work"], how: str, device: torch.device
-) -> list[Pack]:
-    """The micro-batches of a rank; `how` are pairs made."""
-    return [pack([examples[g] for g in work.groups], work.counted, how).to(device) for work in works]
+def packs(examples: Store, works: Sequence["Work"], how: str, device: torch.device) -> list[Pack]:
+    """The micro-batches of a rank, of the store's arrays; `how` are pairs made."""
+    return [_packed(examples.rows(work.groups), work.counted, how).to(device) for work in works]
 
 
 def plan(

@@ -343,7 +343,7 @@ def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
     for name, parameter in trained.items():
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=parameter.device)  # fused, it is not on the CPU
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         moments |= {f"{name}.{key}": value for key, value in state.items()}

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import attention
 import batch
 import fsdp
 import model
@@ -20,8 +19,7 @@ from objective import Frozen, Objective, by_response
 
 def hidden_states(lm: model.LanguageModel, pack: batch.Pack, ends: bool = False) -> Tensor:
     """The states that predict the trained tokens (N, D), or the last of each response (R, D)."""
-    layout = attention.layout(pack.groups).to(pack.ids.device)
-    return lm(pack.ids, pack.positions, layout, pack.ends if ends else pack.predict)
+    return lm(pack.ids, pack.positions, pack.layout, pack.ends if ends else pack.predict)
 
 
 class Cached(NamedTuple):
@@ -40,11 +38,10 @@ def of_reference(
     kept, as of a `strange` pack, of mismatched answers; None without a reference."""
     if not isinstance(reference, Cached):
         return hidden_states(reference, pack) if reference else None
-    places = pack.tokens.cpu().numpy()
     if strange or reference.states is None:
         kept = reference.strangers if strange else reference.logps
-        return torch.from_numpy(kept[places]).to(pack.ids.device)
-    rows = torch.from_numpy(reference.states[places]).to(pack.ids.device)
+        return torch.from_numpy(kept[pack.tokens]).to(pack.ids.device)
+    rows = torch.from_numpy(reference.states[pack.tokens]).to(pack.ids.device)
     return rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows
 
 
@@ -108,7 +105,7 @@ def freeze(
     logged = {}
     if objective.mismatches:
         logged["kl_estimate"] = found["kl_estimate"]
-        estimate = torch.tensor(found["kl_estimate"], dtype=torch.float32, device=delta.device)
+        estimate = torch.full_like(delta, found["kl_estimate"])  # written there, not copied
         founds = [f._replace(kl_estimate=estimate) for f in founds]
     if objective.advantages is not None:
         spread = {n: found[f"{n}_squared"] - found[n] ** 2 for n in ("advantages", "returns", "errors")}

@@ -575,20 +575,18 @@ def advantages(
     """
     if not (0 < gamma <= 1 and 0 <= gae_lambda <= 1):
         raise ValueError(f"0 < gamma <= 1 and 0 <= gae_lambda <= 1 are needed, got {gamma}, {gae_lambda}")
-    lengths = torch.bincount(response, minlength=len(rewards))  # (R,)
-    backwards = (
-        lengths.cumsum(0)[response] - 1 - torch.arange(len(values), device=values.device)
-    )  # (N,) T - t
-    # one row a response, its last token first, so that one loop over time serves them all
-    table = values.new_zeros(len(rewards), int(lengths.max()) + 1)  # (R, longest + 1)
-    table[response, backwards + 1] = values
-    found = torch.zeros_like(table)
-    future = torch.zeros_like(rewards)  # (R,) A_{t+1}
-    for t in range(1, table.shape[1]):
-        reward = rewards if t == 1 else 0.0
-        future = reward + gamma * table[:, t - 1] - table[:, t] + gamma * gae_lambda * future  # (R,)
-        found[:, t] = future
-    return found[response, backwards + 1], rewards[response] * gamma ** backwards.to(values.dtype)
+    ends = torch.searchsorted(response, response, right=True) - 1  # (N,) T of each token's response
+    backwards = ends - torch.arange(len(values), device=values.device)  # (N,) T - t
+    future = torch.where(backwards > 0, values.roll(-1), 0.0).double()  # (N,) V_{t+1}
+    found = torch.where(backwards == 0, rewards[response], 0.0) + gamma * future - values  # (N,) delta_t
+    # Every sum over 1, 2, 4, ... tokens is made of two of half as many, in fp64: a loop over time would read
+    # the longest response's length off a GPU.
+    reach = 1
+    while reach < len(values):
+        later = torch.where(backwards >= reach, found.roll(-reach), 0.0)  # (N,)
+        found = found + (gamma * gae_lambda) ** reach * later
+        reach *= 2
+    return found.to(values.dtype), rewards[response] * gamma ** backwards.to(values.dtype)
 
 
 # ---- helpers

@@ -55,6 +55,10 @@ HELPERS = {
 }
 
 
+# Of what equal models may differ by at step 0, as a share of a response's log-probability. Products of bf16
+# numbers in another order may round every state otherwise, by 2^-9 of it; another model is off by more.
+START_TOLERANCE = {"cuda": 1e-3}
+
 # What needs a reference model.
 REFERENCE = ("ref_logps", "token_ref_logps", "token_logratios", "kl", "risk", "kl_estimate", "kl_token_max")
 # What needs a value head, and advantages made before the step.
@@ -264,13 +268,9 @@ class Objective(NamedTuple):
         """What --batch-size counts."""
         return "pairs" if self.pairs else "responses"
 
-    def batch_units(self, scores: Sequence[float]) -> int:
-        """How many of them an example with completions of these scores has."""
-        return len(ranking.pair_indices(scores, self.pairs)) if self.pairs else len(scores)
-
-    def units(self, example: encode.Encoded) -> int:
-        """How many losses an example has."""
-        return example.trained_tokens if self.unit == "tokens" else self.batch_units(example.scores)
+    def number(self, found: Store, counts: np.ndarray, chosen: Sequence[int]) -> int:
+        """How many losses some examples of a store have, whose `counts` (n,) are known."""
+        return found.trained_tokens(chosen) if self.unit == "tokens" else int(counts[chosen].sum())
 
     def weights(self, pack: batch.Pack) -> Tensor:
         """Of each unit in the sum."""
@@ -376,25 +376,27 @@ def tally(
 def compare(values: Tensor, pack: batch.Pack) -> dict[str, Tensor]:
     """(sum, count) of (2, B), (R,) or (N,) values: of chosen and rejected (desirable and undesirable) ones,
     all, and the margins of pairs; a tie is half right."""
-    if values.dim() == 2:
-        chosen, rejected = better, worse = values  # (B,) each
-    else:
-        values = values if len(values) == len(pack.ends) else by_response(values, pack)  # (R,)
-        chosen, rejected = values[pack.desirable], values[~pack.desirable]
-        better, worse = values[pack.pairs]  # (B,) each
+    single = values.dim() == 1
+    if single and len(values) != len(pack.ends):
+        values = by_response(values, pack)  # (R,)
+    better, worse = values[pack.pairs] if single else values  # (B,) each
     margins = better - worse  # (B,)
-    found = {"chosen": chosen, "rejected": rejected, "mean": values}
-    found |= {"margins": margins, "accuracies": (margins.sign() + 1) / 2}
-    return {name: batch.summed(part, pack) for name, part in found.items()}
+    good, bad = ((values, pack.desirable), (values, ~pack.desirable)) if single else ((better,), (worse,))
+    found = {"chosen": good, "rejected": bad, "mean": (values,), "margins": (margins,)}
+    found |= {"accuracies": ((margins.sign() + 1) / 2,)}
+    return {name: batch.summed(part[0], pack, *part[1:]) for name, part in found.items()}
 
 
 def check_start(stats: dict[str, Tensor | None], tolerance: float = 0.0) -> None:
-    """Policy and reference have the same weights and saw the same pack: not one bit may differ. Or they saw
-    others: then no more than `tolerance` nats a token."""
-    drifts = [stats["policy_logps"] - stats["ref_logps"], stats["kl"], stats["risk"]]
+    """Policy and reference have the same weights and saw the same pack: not one bit may differ on a CPU, and
+    on CUDA, whose sums have no fixed order, START_TOLERANCE of the largest log-probability of a response. Or
+    they saw other packs: then no more than `tolerance` nats a token."""
+    logps = stats["policy_logps"].detach()
+    drifts = [logps - stats["ref_logps"], stats["kl"], stats["risk"]]
     share = 1 / stats["lengths"].clamp(min=1) if tolerance else 1.0
     worst = max((drift.detach().abs() * share).max().item() for drift in drifts if drift is not None)
-    if tolerance < worst < math.inf:  # what is not finite stops the step itself
+    allowed = tolerance or START_TOLERANCE.get(logps.device.type, 0.0) * logps.abs().max().item()
+    if allowed < worst < math.inf:  # what is not finite stops the step itself
         raise RuntimeError(f"policy and reference have the same weights but differ by {worst:.1e} at step 0")
 
 

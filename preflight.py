@@ -7,12 +7,14 @@ Left out: whether the run fits into memory.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 import torch
 
+import attention
 import batch
 import config
 import fsdp
@@ -30,8 +32,17 @@ def begin(args: argparse.Namespace) -> None:
     rundir.check_run(args)
     with config.user_errors():
         trackers.check(args.log_to)
+        device = args.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            if device == "cpu" and int(os.environ.get("RANK", 0)) == 0:
+                config.tell("--device auto: no CUDA device is visible, so on the CPU")
         for path in _models(args):
             loading.check(path, args.weights)
+            if device == "cuda":
+                with config.located(path):
+                    settings = loading.settings(path, args.trust_remote_code)
+                    attention.refuse(settings, device, getattr(torch, args.dtype))
 
 
 def _models(args: argparse.Namespace) -> list[str]:

@@ -36,6 +36,7 @@ import batch
 import config
 import files
 import fsdp
+import loading
 import lora
 import model
 import progress
@@ -104,7 +105,7 @@ def find(
         if not store:
             continue
         name = _hash({**told, "rows": store.source, "width": width})
-        caches[split, False] = Cache(root / name, store, store.trained_tokens, width, KINDS[args.dtype])
+        caches[split, False] = Cache(root / name, store, store.slots, width, KINDS[args.dtype])
         if objective.mismatches:
             others = strangers(store, args.max_length)
             name = _hash({**told, "rows": store.source, "pieces": _pieces(others)})
@@ -177,6 +178,8 @@ def _contents(args: argparse.Namespace) -> dict[str, Any]:
     """What the reference is, whatever its path."""
     shared = lora.shared(args)
     path = args.model if shared is not None else args.reference or args.model
+    if args.weights == "pretrained":
+        loading.weight_files(path)  # of a hub name: they must be here to be read
     found = {"model": model.fingerprint(path, args.weights)}
     if args.weights == "random":
         found["seed"] = args.seed
@@ -264,14 +267,15 @@ def _fill(
     waiting, written, failed = [], time.monotonic(), ""
     for step, works in enumerate(progress.bar(steps, "reference", len(steps))):
         for work in works[rank]:
-            pack = batch.pack([cache.store[short[g]] for g in work.groups], work.counted).to(device)
+            mine = [work._replace(groups=short[work.groups].tolist())]
+            (pack,) = batch.packs(cache.store, mine, "best-worst", device)
             with torch.no_grad():
                 states = hidden_states(live, pack)  # (N, D)
                 logps = vocab.token_statistics(states, live.head, pack.targets).logps  # (N,)
             kept = _bits(states, cache.kind) if cache.width else None
             if cache.width and rank == 0 and not head.exists():
                 _save_head(live.head, head)
-            waiting += fsdp.at_rank_zero((pack.tokens.cpu().numpy(), logps.cpu().numpy(), kept))
+            waiting += fsdp.at_rank_zero((pack.tokens, logps.cpu().numpy(), kept))
         if waiting and (time.monotonic() - written > PAUSE or step == len(steps) - 1):
             failed = failed or _write(cache, waiting)
             waiting, written = [], time.monotonic()

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 import arrays
-import attention
 import batch
 import chat
 import checkpoint
@@ -103,8 +102,7 @@ def load_examples(
 
 def forward(policy: model.LanguageModel, pack: batch.Pack) -> losses.Loss:
     """One micro-batch from ids to per-token losses."""
-    layout = attention.layout(pack.groups).to(pack.ids.device)
-    hidden = policy(pack.ids, pack.positions, layout, pack.predict)  # (N, D)
+    hidden = policy(pack.ids, pack.positions, pack.layout, pack.predict)  # (N, D)
     tokens = vocab.token_statistics(hidden, policy.head, pack.targets)  # (N,)
     return losses.sft(tokens.logps)
 
@@ -124,7 +122,7 @@ def evaluate(
     works = batch.plan(examples.lengths, len(examples), world_size, args.tokens_per_microbatch, None)[0][rank]
     for work in progress.bar(works, "evaluation"):
         between()
-        pack = batch.pack([examples[index] for index in work.groups], work.counted).to(device)
+        pack = batch.packs(examples, [work], "best-worst", device)[0]
         tallies.append(tally(forward(policy, pack), pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
     policy.reshard()
@@ -233,10 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         shares = plan[index]  # of the ranks
         works = shares[rank]
         counted = [group for share in shares for work in share if work.counted for group in work.groups]
-        packs = [
-            batch.pack([train[group] for group in work.groups], work.counted).to(device) for work in works
-        ]
-        units = sum(train[group].trained_tokens for group in counted)
+        packs = batch.packs(train, works, "best-worst", device)
+        units = train.trained_tokens(counted)
         tallies = []
         for pack in packs:
             out = forward(policy, pack)

@@ -25,9 +25,12 @@ from torch import Tensor
 import precision
 import risk as risk_measures
 
-# Of one fp32 block of logits: a matmul of few rows spends its time on reading the weights.
-CHUNK_BYTES = 2**26
-TILE_BYTES = 2**22  # of the rows of a block that everything else is done on: what a CPU's cache holds
+# Of one fp32 block of logits: a matmul of few rows spends its time on reading the weights, and on CUDA on the
+# sum of their gradient, (V, D) read and written a chunk.
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**26, 2**30
+# Of the rows of a block that everything else is done on: what a CPU's cache holds; on CUDA, what leaves the
+# temporary ones, half a dozen, below a block.
+TILE_BYTES, CUDA_TILE_BYTES = 2**22, 2**27
 
 
 class Head(NamedTuple):
@@ -68,8 +71,8 @@ def token_statistics(
     risk.py (hyper-parameters bound by functools.partial), risk. Gradients reach hidden, head.weight and
     head.bias through logps and through the one drift named by `through` ("kl", "risk" or None); the other
     drift is a constant. With `entropy`, H = -sum_v pi log pi of the policy, with its gradient. `chunk_size`
-    positions are projected at a time; None fits a block of logits into CHUNK_BYTES. No result depends on it
-    beyond the rounding of a matmul.
+    positions are projected at a time; None fits a block of logits into CHUNK_BYTES, or CUDA's. No result
+    depends on it beyond the rounding of a matmul.
 
     Raises ValueError if `through` names a drift that is not computed.
     """
@@ -77,7 +80,8 @@ def token_statistics(
         raise ValueError(
             f"a gradient through {through} needs a reference" + ", a measure" * (through == "risk")
         )
-    chunk_size = chunk_size or max(16, CHUNK_BYTES // (4 * len(head.weight)))
+    room = CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
+    chunk_size = chunk_size or max(16, room // (4 * len(head.weight)))
     chunk_size = max(1, min(chunk_size, len(targets)))
     return Tokens(
         *_TokenStatistics.apply(
@@ -216,8 +220,8 @@ def _cost_and_probability(
 
 
 def _tiles(chunk: slice, products: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows of the whole, and of a chunk's `products` (c, V), that fit into a CPU's cache; a GPU takes all."""
-    size = max(1, TILE_BYTES // products[0].nbytes) if not products.is_cuda else len(products)
+    """Rows of the whole, and of a chunk's `products` (c, V): as many as fit into a tile."""
+    size = max(1, (CUDA_TILE_BYTES if products.is_cuda else TILE_BYTES) // products[0].nbytes)
     for part in _chunks(len(products), size):
         yield slice(chunk.start + part.start, chunk.start + part.stop), part
 
@@ -254,7 +258,7 @@ def _logits(products: Tensor, head: Head) -> Tensor:
 def _add_outer(total: Tensor, upstream: Tensor, hidden: Tensor) -> None:
     """total (V, D) += upstream (n, V)^T hidden (n, D), accumulated in total's precision."""
     if total.is_cuda and hidden.dtype != total.dtype:
-        total.add_(torch.mm(upstream.to(hidden.dtype).t(), hidden, out_dtype=total.dtype))
+        torch.addmm(total, upstream.to(hidden.dtype).t(), hidden, out_dtype=total.dtype, out=total)
     else:
         with precision.bf16_units(hidden.dtype):
             total.addmm_(upstream.t(), hidden.to(total.dtype))

@@ -4,6 +4,7 @@ Everything runs in fp64; what is left of the difference (1e-7 in gradients) are 
 inside norms. Weights are drawn wide and no parameter is left at 0 or 1, so that biases, norms, windows and
 caps all matter. A comment `red:` names a one-line change of attention.py or model.py that turns a test red.
 """
+import contextlib
 import functools
 import inspect
 import sys
@@ -295,7 +296,9 @@ def test_attend_is_the_rule(row, window, cap):
 
 
 def varlen(q, k, v, query_offsets, key_offsets, left, scaling, cap):
-    """What the kernels document: causal, aligned at the bottom right, `left` keys before the query."""
+    """What the kernels document: causal, aligned at the bottom right, `left` keys before the query; one head
+    size, a multiple of 8."""
+    assert q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0
     parts = []
     for s in range(len(query_offsets) - 1):
         (first, last), (start, stop) = query_offsets[s : s + 2].tolist(), key_offsets[s : s + 2].tolist()
@@ -327,7 +330,8 @@ def test_varlen_kernels_fed_by_the_layout_equal_the_loop(monkeypatch, backend, r
 
     module = types.SimpleNamespace(flash_attn_varlen_func=flash) if backend == "flash-attn" else None
     monkeypatch.setitem(sys.modules, "flash_attn", module)  # None makes the import fail
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", torch_varlen)
+    monkeypatch.setattr(attention, "_flash_attn", functools.cache(attention._flash_attn.__wrapped__))
+    monkeypatch.setattr(attention, "varlen_attn", torch_varlen)
     query, key, value = random_heads(ROWS[row])
     layout = attention.layout(ROWS[row])
     assert layout.query_offsets.dtype == layout.key_offsets.dtype == torch.int32
@@ -335,8 +339,46 @@ def test_varlen_kernels_fed_by_the_layout_equal_the_loop(monkeypatch, backend, r
         with pytest.raises(ValueError, match="flash-attn"):
             attention._varlen(query, key, value, layout, 0.7, window, cap)
         return
-    expected, _ = attention.attend(None, query, key, value, None, layout, 0.7, 0.0, window, cap)
-    torch.testing.assert_close(attention._varlen(query, key, value, layout, 0.7, window, cap), expected)
+    for wide, narrow in ((8, 8), (6, 3)):  # and values narrower than keys, as in latent attention
+        parts = (query[..., :wide], key[..., :wide], value[..., :narrow])
+        heads = [states.detach().requires_grad_() for states in parts]
+        expected, _ = attention.attend(None, *heads, None, layout, 0.7, 0.0, window, cap)
+        out = attention._varlen(*heads, layout, 0.7, window, cap)
+        torch.testing.assert_close(out, expected)
+        upstream = torch.randn_like(out)
+        wanted = torch.autograd.grad(expected, heads, upstream)
+        torch.testing.assert_close(torch.autograd.grad(out, heads, upstream), wanted)
+
+
+def test_gradients_of_a_prompts_copies_add_up_in_fp32():
+    # red: index_select in its place, whose gradients stay at 256 after the first
+    states = torch.zeros(1, 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    copies = attention._Gathered.apply(states, torch.zeros(300, dtype=torch.long))
+    copies.backward(torch.ones_like(copies))
+    assert states.grad.unique().tolist() == [300]
+
+
+CONFIGURED = {  # what CUDA's kernels cannot do in 16 bits, and a part of what is said
+    "wide": ({"head_dim": 512}, "heads of 512"),
+    "wide values": ({"head_dim": 64, "v_head_dim": 264}, "heads of 264"),
+    "latent": ({"qk_nope_head_dim": 192, "qk_rope_head_dim": 128}, "heads of 320"),
+    "no head_dim": ({"hidden_size": 1200}, "heads of 300"),
+    "soft-cap": ({"attn_logit_softcapping": 50.0}, "flash-attn"),
+    "plain": ({"head_dim": 100, "hidden_size": 4096}, None),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_what_no_kernel_computes_is_refused_when_a_model_is_chosen(monkeypatch, name):
+    # red: the head's size alone; the refusal on a CPU too, or in fp32
+    monkeypatch.setattr(attention, "_flash_attn", lambda: None)
+    settings, said = CONFIGURED[name]
+    text = types.SimpleNamespace(**{"hidden_size": 64, "num_attention_heads": 4} | settings)
+    config = types.SimpleNamespace(get_text_config=lambda: text)
+    attention.refuse(config, "cpu", torch.bfloat16)
+    attention.refuse(config, "cuda", torch.float32)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        attention.refuse(config, "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])

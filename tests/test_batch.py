@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_store import kept
 
+import arrays
 import batch
 import encode
 import ranking
@@ -209,6 +211,47 @@ def test_a_group_with_labels_and_its_pairs_in_a_pack():
     assert pack.group.tolist() == [0, 0, 0, 1]
     assert pack.pair_weights.tolist() == [1.0] * 3
     assert not batch.pack(groups, False).weights.any()
+
+
+@pytest.mark.parametrize("how", ["best-worst", "adjacent", "all"])
+@pytest.mark.parametrize("seed", range(8))
+def test_packs_of_a_store_are_those_of_its_examples(seed, how):
+    # red: pieces of the first example for all; the places of prompts; memory of int32; weights of a filler
+    rng = random.Random(seed)
+    groups = []
+    for _ in range(12):
+        size, prompt = rng.randrange(1, 5), rng.randrange(0, 4)
+        answers = [rng.choices(range(9), k=rng.randrange(1, 6)) for _ in range(size)]
+        masks = [[rng.random() < 0.6 for _ in answer] for answer in answers]
+        scores = [float(rng.randrange(3)) for _ in answers]
+        labels = [rng.random() < 0.5 for _ in answers]
+        group = encode.Encoded(rng.choices(range(9), k=prompt), answers, masks, scores, 0.5 * seed, 0.3)
+        groups.append(group._replace(labels=labels))
+    one = kept(groups)
+    order = [rng.randrange(12) for _ in range(12)]
+    for found in (one, arrays.joined([one, one.share(0.5, seed)]), one.mismatched(np.array(order), 7)):
+        chosen = rng.sample(range(len(found)), 5)
+        works = [batch.Work(chosen, True), batch.Work(chosen[:1], False)]
+        whole = [batch.pack([found[g] for g in work.groups], work.counted, how) for work in works]
+        packs = batch.packs(found, works, how, torch.device("cpu"))
+        for pack, wanted in zip(packs, whole):
+            for mine, other in zip((*pack, *pack.layout), (*wanted, *wanted.layout)):
+                assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else str(mine) == str(other)
+            assert all(map(lambda a, b: getattr(a, "dtype", 0) == getattr(b, "dtype", 0), pack, wanted))
+        assert found.trained_tokens(chosen) == sum(found[g].trained_tokens for g in chosen)
+
+
+def test_a_pack_of_4000_tokens_takes_no_time():
+    """red: a list of Python's numbers somewhere, 11 ms"""
+    rng = np.random.default_rng(0)
+    groups = [encoded([1] * n, [2] * m, [3] * m) for n, m in rng.integers(60, 220, (9, 2)).tolist()]
+    found, work = kept(groups), [batch.Work(list(range(9)), True)]
+    took = []
+    for _ in range(30):
+        began = time.thread_time()
+        batch.packs(found, work, "best-worst", torch.device("cpu"))
+        took.append(time.thread_time() - began)
+    assert 3000 < found.lengths.sum() < 5000 and min(took) < 2.5e-3  # 0.5 where nothing else runs
 
 
 def test_a_million_rows_are_planned_in_seconds():

@@ -144,6 +144,14 @@ def test_round_trip_is_bit_exact(name, tmp_path):
     assert (other[0].lm.get_input_embeddings().weight is other[0].lm.lm_head.weight) == (name == "llama")
 
 
+def test_the_step_of_adamw_is_made_where_its_parameter_is():
+    """Fused AdamW on a GPU refuses one on the CPU. red: torch.tensor(0.0)"""
+    policy = torch.nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+    checkpoint._state(policy, optimizer)
+    assert {state["step"].device.type for state in optimizer.state.values()} == {"meta"}
+
+
 @pytest.mark.parametrize("moment", ["dcp.save", "os.replace"])
 def test_kill_during_a_save(moment, run, fresh, monkeypatch):
     # red: dcp.save into target; beside not removed first; glob("*step-*") in complete().

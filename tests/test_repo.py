@@ -37,16 +37,17 @@ MAY_IMPORT = {
     "arrays": {"encode"},
     # the name of a cache is a hash of the code of all that read and encode
     "store": {"arrays", "chat", "data", "encode", "files", "formats", "progress", "ranking", "values"},
-    "batch": {"encode", "ranking"},
+    "batch": {"arrays", "attention", "encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "loading": {"files"},
-    "preflight": {"arrays", "batch", "config", "fsdp", "loading", "lora", "model", "packing", "rundir", "trackers"},
+    "preflight": {"arrays", "attention", "batch", "config", "fsdp", "loading", "lora", "model", "packing"}
+    | {"rundir", "trackers"},
     "model": {"attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
     "packing": {"attention", "vocab"},
     "shards": {"fsdp", "loading"},
     "fsdp": set(),
-    "frozen": {"attention", "batch", "fsdp", "model", "objective", "vocab"},
-    "references": {"arrays", "batch", "config", "files", "frozen", "fsdp", "lora", "model", "objective"}
+    "frozen": {"batch", "fsdp", "model", "objective", "vocab"},
+    "references": {"arrays", "batch", "config", "files", "frozen", "fsdp", "loading", "lora", "model", "objective"}
     | {"progress", "vocab"},
     "checkpoint": {"files", "fsdp", "metadata"},
     "metadata": set(),
