@@ -36,6 +36,7 @@ import generation
 import loading
 import lora
 import losses
+import memory
 import model
 import preflight
 import progress
@@ -88,6 +89,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
     lora.add_flags(made)
+    memory.add_flags(made)
     config.add_run_flags(made)
     config.add_hyperparameters(made, LOSSES | HELPERS, "hyper-parameters of --loss, and what goes with it")
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
@@ -214,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     preflight.begin(args)
     with config.user_errors():
         objective = make_objective(args)
+        if args.plan is not None:
+            return memory.report(args, config.tell, objective)
         rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
         say = config.tell if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
@@ -232,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         preflight.tell_long(units, args.batch_size, unit, say)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, units, say)
+        memory.refuse(args, train.lengths, device, world_size, say, objective)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         masters = dtype if lora.wanted(args) else torch.float32

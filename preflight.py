@@ -3,7 +3,7 @@
     begin     what stops a run at once: its directory, its trackers, the files of its models
     report    --check: one screen of what would be trained, and on what
 
-Left out: whether the run fits into memory.
+Left out: whether the run fits into memory (memory.py).
 """
 
 import argparse
@@ -29,7 +29,7 @@ def begin(args: argparse.Namespace) -> None:
     with config.user_errors():
         trackers.check(args.log_to)
         for path in _models(args):
-            loading.check(path, args.weights)
+            loading.check(path, args.weights if args.plan is None else "random")  # a plan reads none
 
 
 def _models(args: argparse.Namespace) -> list[str]:
