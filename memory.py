@@ -14,9 +14,9 @@ padded. What is trained has fp32 masters, gradients and two moments; what is fro
 body computes in. Embeddings and head stay gathered in that dtype, of a live reference too; of the blocks the
 one at work and the next. Activations are what autograd saves of each block, recorded in one pass over a model
 whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32 logits, the fp32
-accumulator of its gradient, and on a CPU an fp32 copy of its weights. Three moments compete: the head, the
+accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete: the head, the
 backward of the last block (all other activations are still there), and that of the embeddings (all gradients
-are). What is not counted, RUNTIME and SPARE, are the two constants here.
+are); on a CPU the export, too. What is not counted, RUNTIME and SPARE, are the two constants here.
 
 Left out: HSDP, offloading, the KV cache of --sample-prompts, kernels' own work space.
 """
@@ -43,7 +43,7 @@ NAME = "counted"  # of the attention that computes nothing
 PROBE = 1024  # tokens of the pass: enough for what does not grow with them to count for nothing
 # Beside the tensors, of a process on a CPU: the tokenizer, code that is loaded late, compiled products,
 # stacks and gaps of the heap. Measured by bench/peak.py.
-RUNTIME = 0.25e9
+RUNTIME = 0.33e9
 # Of a GPU's memory, for CUDA's context, NCCL's buffers and the allocator's gaps. Not measured here.
 SPARE = 0.08
 # GB of memory: a card that has it, and its dense bf16 TFLOP/s by its data sheet.
@@ -235,7 +235,13 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
         (earlier + back, roots + 2 * of_block, kept + states + again, matrix),
         (gradients + ends, roots, states, 0.0),
     ]
-    return [always | dict(zip(("gradients", "gathered", "activations", "head"), parts)) for parts in moments]
+    # On a CPU the end too: the model in fp32, whole or merged, and the piece that is written; the heap of the
+    # steps is kept (fsdp.py), what they held in large blocks is not. Of a GPU that is the host's memory.
+    if not run.cuda:
+        whole = 4 * (numbers(body.weights) + max(numbers([weight]) for weight in body.weights))
+        moments.append((0.0, roots, kept + states + again, 0.0, whole))
+    parts = ("gradients", "gathered", "activations", "head", "export")
+    return [always | dict(zip(parts, moment)) for moment in moments]
 
 
 def _activations(body: Body, run: Run) -> tuple[float, float]:
