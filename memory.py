@@ -229,7 +229,11 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     roots = root + live * run.size * numbers(other.root)
     matrix = body.head_trained * run.size * math.prod(body.head)  # the gradient of the head
     back = run.size * numbers(trainable) + 4 * numbers(trainable)  # whole, and on its way to its shards
-    ends = run.size * numbers(given) + matrix + 4 * numbers(given) * (1 + (run.microbatches > 1) / run.ranks)
+    # the same of the root, where a tied matrix has the embedding's gradient added to the head's; to shards of
+    # earlier micro-batches new ones are added, which of one rank are what was to be sent
+    tied = sum(weight.shape == body.head for weight in body.root) == 1
+    added = (run.microbatches > 1 and run.ranks > 1) / run.ranks
+    ends = run.size * numbers(given) + matrix * tied + 4 * numbers(given) * (1 + added)
     moments = [  # gradients, gathered, activations, head
         (earlier, roots, kept + states, _head(body, run)),
         (earlier + back, roots + 2 * of_block, kept + states + again, matrix),
