@@ -34,6 +34,7 @@ import generation
 import loading
 import lora
 import losses
+import memory
 import model
 import preflight
 import progress
@@ -58,7 +59,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--cache-reference", default=None, metavar="DIR", help="its values, computed once and kept there")
     add("--cache-hidden", type=config.boolean, default=False, help="keep its distributions, not only logps")
     add("--cache-reference-only", type=config.boolean, default=False, help="fill the cache and end")
-    add("--yes", type=config.boolean, default=False, help="go on where the disk looks too small")
     add("--weights", choices=("pretrained", "random"), default="pretrained", help="random: from config.json")
     add("--data", required=True, nargs="+", help="files, folders, NAME, NAME=DIR, org/name; X:0.5 is half")
     add("--eval-data", default=None, nargs="+", help="held-out rows; None: the test split of a named --data")
@@ -91,6 +91,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
     lora.add_flags(made)
+    memory.add_flags(made)
     config.add_run_flags(made)
     config.add_hyperparameters(made, LOSSES | HELPERS, "hyper-parameters of --loss, and what goes with it")
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
@@ -235,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     preflight.begin(args)
     with config.user_errors():
         objective = make_objective(args)
+        if args.plan is not None:
+            return memory.report(args, config.tell, objective)
         rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
         say = config.tell if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
@@ -245,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         preflight.tell_long(units, args.batch_size, unit, say)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, units, device, say)
+        memory.refuse(args, train.lengths, device, world_size, say, objective)
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32

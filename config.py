@@ -210,8 +210,8 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
 HOW_FLAGS = (
     "out", "resume", "save_every", "keep_last", "final_dtype", "log_every", "log_to", "device", "token_cache",
     "timeout_minutes", "trust_remote_code", "strict_data", "tokens_per_microbatch",
-    "activation_checkpointing", "eval_data", "eval_every", "eval_examples", "sample_prompts", "check",
-    "cache_reference_only", "yes",
+    "activation_checkpointing", "eval_data", "eval_every", "eval_examples", "sample_prompts", "check", "plan",
+    "gpus", "memory", "yes", "cache_reference_only",
 )  # fmt: skip
 # What a resumed run may change: that, and how long and how fast it goes on.
 FREE_FLAGS = (

@@ -203,6 +203,16 @@ def add(
         f"{trained:,} of {total:,} parameters are trained")  # fmt: skip
 
 
+def insert(lm: nn.Module, args: argparse.Namespace) -> None:
+    """The adapters of the flags into a transformers model on the meta device, trained and nothing else of it:
+    shapes for a plan. Raises ValueError as `add` does."""
+    made = _read(args)[0] if args.lora_from else _settings(lm, args)
+    with torch.device("meta"):
+        _inject(lm, made, 0.0, 0)
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
 def layers(part: nn.Module) -> list[Any]:
     """The layers of a model that have adapters, as peft's modules."""
     return [layer for _, layer in _named_layers(part)]

@@ -3,7 +3,7 @@
     begin     what stops a run at once: its directory, its trackers, the files of its models
     report    --check: one screen of what would be trained, and on what; and whether packing suits the model
 
-Left out: whether the run fits into memory.
+Left out: whether the run fits into memory (memory.py).
 """
 
 import argparse
@@ -38,7 +38,7 @@ def begin(args: argparse.Namespace) -> None:
             if device == "cpu" and int(os.environ.get("RANK", 0)) == 0:
                 config.tell("--device auto: no CUDA device is visible, so on the CPU")
         for path in _models(args):
-            loading.check(path, args.weights)
+            loading.check(path, args.weights if args.plan is None else "random")  # a plan reads none
             if device == "cuda":
                 with config.located(path):
                     settings = loading.settings(path, args.trust_remote_code)

@@ -34,6 +34,7 @@ import generation
 import loading
 import lora
 import losses
+import memory
 import model
 import preflight
 import progress
@@ -76,6 +77,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
     lora.add_flags(made)
+    memory.add_flags(made)
     config.add_run_flags(made)
     args = config.parse(made, argv)
     lora.resolve(args)
@@ -152,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     preflight.begin(args)
     with config.user_errors():
+        if args.plan is not None:
+            return memory.report(args, config.tell)
         rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
         say = config.tell if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
@@ -168,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluated = evaluated.subset(args.eval_examples)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, np.ones(len(train), int), device, say)
+        memory.refuse(args, train.lengths, device, world_size, say, None)
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) else torch.float32

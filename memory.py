@@ -1,0 +1,477 @@
+"""The plan before the run: memory a rank, tokens, FLOPs, time, disk and GPUs, by arithmetic alone.
+
+    python memory.py                       how big can one go: a Markdown table, computed
+    python align.py ... --plan             of one run, and end; a config.json is enough, no data are read
+    python align.py ... --plan 0.3 --gpus 8 --memory 80      on 8 GPUs of 80 GB, at 30 % of their peak rate
+
+    body      a configuration -> Body: shapes of weights, and what a token costs, of a model on no device
+    need      Body, Run -> bytes of a rank by part, at the moment that takes most
+    report    --plan
+    refuse    the start of a run: what it needs in one line, and none that cannot fit
+
+Tensors are counted, by these rules. Shards are those of FSDP2: dimension 0 in equal pieces, the last one
+padded. What is trained has fp32 masters, gradients and two moments; what is frozen lies in the dtype that the
+body computes in. Embeddings and head stay gathered in that dtype, of a live reference too; of the blocks the
+one at work and the next. Activations are what autograd saves of each block, recorded in one pass over a model
+whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32 logits, the fp32
+accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete: the head, the
+backward of the last block (all other activations are still there), and that of the embeddings (all gradients
+are); on a CPU the export, too. What is not counted, RUNTIME and SPARE, are the two constants here.
+
+Left out: HSDP, offloading, the KV cache of --sample-prompts, kernels' own work space.
+"""
+
+import argparse
+import copy
+import functools
+import math
+import os
+from typing import Any, Callable, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import config
+import loading
+import lora
+import vocab
+
+NAME = "counted"  # of the attention that computes nothing
+PROBE = 1024  # tokens of the pass: enough for what does not grow with them to count for nothing
+# Beside the tensors, of a process on a CPU: the tokenizer, code that is loaded late, compiled products,
+# stacks and gaps of the heap. Measured by bench/peak.py.
+RUNTIME = 0.33e9
+# Of a GPU's memory, for CUDA's context, NCCL's buffers and the allocator's gaps. Not measured here.
+SPARE = 0.08
+# GB of memory: a card that has it, and its dense bf16 TFLOP/s by its data sheet.
+CARDS = {24: ("RTX 4090", 165), 40: ("A100", 312), 80: ("H100", 989), 141: ("H200", 989), 192: ("B200", 2250)}
+MOST_RANKS = 1024
+SHARE = 0.5  # of the tokens that are trained, where no data say it
+ROW_BYTES = 5  # of a token in --token-cache: its id and whether it is trained
+# The shapes of Llama 3 and of what is built like it.
+SHAPE = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+SIZES = {
+    "1B": (2048, 8192, 16, 32, 8, 128256), "3B": (3072, 8192, 28, 24, 8, 128256),
+    "8B": (4096, 14336, 32, 32, 8, 128256), "14B": (5120, 17408, 40, 40, 8, 151936),
+    "32B": (5120, 25600, 64, 64, 8, 151936), "70B": (8192, 28672, 80, 64, 8, 128256),
+}  # fmt: skip
+TIED = ("1B", "3B")  # embedding and head are one matrix
+RANKS = (1, 8, 16, 64)
+TWINS = ("live", "adapters", "hidden")  # references whose states meet the head
+# The adapters that are advised, and those of the table.
+ADAPTERS = {
+    "lora_rank": 16, "lora_alpha": 32.0, "lora_targets": "all-linear", "lora_from": None, "lora_dropout": 0.0,
+}  # fmt: skip
+
+
+class Weight(NamedTuple):
+    shape: tuple[int, ...]
+    trained: bool
+
+
+class Body(NamedTuple):
+    blocks: list[list[Weight]]  # of each unit of sharding
+    root: list[Weight]  # embeddings, head, last norm
+    head: tuple[int, int]  # (V, D)
+    head_trained: bool
+    inputs: list[float]  # bytes a token that go into each block
+    saved: list[float]  # bytes a token that each block keeps for its backward
+    widest: float  # bytes a token of the largest tensor among them
+    flops: float  # of the products of a token's forward through all blocks
+    attention: float  # of a token's forward and each key it sees
+
+    @property
+    def weights(self) -> list[Weight]:
+        return [weight for unit in (*self.blocks, self.root) for weight in unit]
+
+
+class Run(NamedTuple):
+    tokens: int  # of a micro-batch of a rank; all of them may meet the head
+    ranks: int = 1
+    microbatches: int = 1  # of a step
+    size: int = 2  # bytes of a number that the body computes with
+    checkpointing: str = "full"
+    reference: str = "none"  # live, adapters (those are off), hidden (states cached), cached (numbers cached)
+    drift: bool = False  # a gradient through kl or risk
+    chunks: bool = True  # does the head project on the vocabulary? Not a reward model's
+    cuda: bool = False
+
+
+# ---- what a model is
+# -----------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes of attention, and what its backward keeps: queries, keys and values."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(query, key, value)
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])  # (1, T, H, E)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **ignored: Any
+) -> tuple[Tensor, None]:
+    module.counted_flops = 2 * query.shape[1] * (query.shape[3] + value.shape[3])  # a query and a key
+    return _Attention.apply(query, key, value), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+def body(
+    settings: Any, dtype: torch.dtype = torch.bfloat16, adapt: Callable | None = None, trust: bool = False
+) -> Body:  # fmt: skip
+    """What a model of a transformers configuration is made of, and what a token costs in it. Nothing is
+    allocated. `adapt` puts adapters in, and all else is frozen. Raises ValueError for a configuration that
+    makes no model."""
+    with loading.one_line("config.json"), torch.device("meta"):
+        told = {"dtype": dtype, "trust_remote_code": trust}
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(settings), **told).eval()  # no dropout
+        lm.set_attn_implementation(NAME)
+    if adapt:
+        lm.requires_grad_(False)
+        adapt(lm)
+        for parameter in lm.parameters():
+            parameter.data = parameter.data.to(dtype)
+    units = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    taken = {id(parameter) for unit in units for parameter in unit.parameters()}
+    root = [Weight(tuple(p.shape), p.requires_grad) for p in lm.parameters() if id(p) not in taken]
+    head = lm.get_output_embeddings().weight
+    with loading.one_line("config.json"):
+        inputs, saved, widest = _recorded(lm, units)
+    seen = sum(getattr(module, "counted_flops", 0) for module in lm.modules())
+    blocks = [[Weight(tuple(p.shape), p.requires_grad) for p in unit.parameters()] for unit in units]
+    chosen = getattr(settings.get_text_config(), "num_experts_per_tok", None)  # of those fused in one tensor
+    products = 0.0
+    for shape in (weight.shape for unit in blocks for weight in unit if len(weight.shape) > 1):
+        products += 2 * math.prod(shape) * (min(1, (chosen or shape[0]) / shape[0]) if len(shape) > 2 else 1)
+    shape = (head.shape[0], head.shape[1])
+    return Body(blocks, root, shape, head.requires_grad, inputs, saved, widest, products, seen)
+
+
+def _recorded(lm: nn.Module, units: Sequence[nn.Module]) -> tuple[list[float], list[float], float]:
+    """One pass over PROBE tokens: what goes into each block and what autograd saves of it, each storage once
+    and weights not at all; the largest of those. All a token."""
+    inputs, saved, sizes = [], [0], []
+    held = {_key(part): part for part in (*lm.parameters(), *lm.buffers())}  # a freed one's key may return
+
+    def enter(module: nn.Module, given: tuple, named: dict) -> None:
+        inputs.append(_bytes((given or tuple(named.values()))[0]) / PROBE)
+        saved.append(0)
+
+    def keep(value: Tensor) -> Tensor:
+        if _key(value) not in held:
+            held[_key(value)] = value
+            saved[-1] += _bytes(value) / PROBE
+            sizes.append(_bytes(value) / PROBE)
+        return value
+
+    hooks = [unit.register_forward_pre_hook(enter, with_kwargs=True) for unit in units]
+    ids = torch.zeros(1, PROBE, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        lm.base_model(input_ids=ids, position_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return inputs, saved[1:], max(sizes)
+
+
+def _key(value: Tensor) -> int:
+    return value.untyped_storage()._cdata
+
+
+def _bytes(value: Tensor) -> int:
+    return value.untyped_storage().nbytes()
+
+
+# ---- what a run takes
+# -----------------------------------------------------------------------------------------------------------
+
+
+def numbers(weights: Sequence[Weight], ranks: int = 1) -> int:
+    """Of the weights' shards on one rank: dimension 0 in equal pieces, the last one padded."""
+    return sum(math.ceil(w.shape[0] / ranks) * math.prod(w.shape[1:]) for w in weights)
+
+
+def balance(body: Body, ranks: int) -> float:
+    """A rank's share of the weights, to an equal share of them."""
+    return numbers(body.weights, ranks) * ranks / numbers(body.weights)
+
+
+def need(body: Body, run: Run, other: Body | None = None) -> dict[str, float]:
+    """Bytes of a rank by part, at the moment of a step that takes most; their sum is what a rank needs.
+    `other` is a live reference of another architecture."""
+    return max(_moments(body, run, other or body), key=lambda parts: sum(parts.values()))
+
+
+def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
+    trained = [w for w in body.weights if w.trained]
+    frozen = [w for w in body.weights if not w.trained]
+    live = run.reference == "live"
+    block = max(body.blocks, key=numbers)
+    root, of_block = run.size * numbers(body.root), run.size * numbers(block)
+    given, trainable = [w for w in body.root if w.trained], [w for w in block if w.trained]
+    gradients = 4.0 * numbers(trained, run.ranks)
+    earlier = gradients if run.microbatches > 1 else 0.0
+    kept, again = _activations(body, run)
+    # hidden states: the reference's of a whole step, the policy's and their gradient
+    several = run.microbatches * (run.reference in TWINS) + 2
+    states = run.size * body.head[1] * run.tokens * several
+    always = {
+        "weights": 4.0 * numbers(trained, run.ranks) + run.size * numbers(frozen, run.ranks),
+        "moments": 8.0 * numbers(trained, run.ranks),
+        "reference": run.size * numbers(other.weights, run.ranks) * live,
+    }
+    roots = root + live * run.size * numbers(other.root)
+    matrix = body.head_trained * run.size * math.prod(body.head)  # the gradient of the head
+    back = run.size * numbers(trainable) + 4 * numbers(trainable)  # whole, and on its way to its shards
+    # the same of the root, where a tied matrix has the embedding's gradient added to the head's; to shards of
+    # earlier micro-batches new ones are added, which of one rank are what was to be sent
+    tied = sum(weight.shape == body.head for weight in body.root) == 1
+    added = (run.microbatches > 1 and run.ranks > 1) / run.ranks
+    ends = run.size * numbers(given) + matrix * tied + 4 * numbers(given) * (1 + added)
+    moments = [  # gradients, gathered, activations, head
+        (earlier, roots, kept + states, _head(body, run)),
+        (earlier + back, roots + 2 * of_block, kept + states + again, matrix),
+        (gradients + ends, roots, states, 0.0),
+    ]
+    # On a CPU the end too: the model in fp32, whole or merged, and the piece that is written; the heap of the
+    # steps is kept (fsdp.py), what they held in large blocks is not. Of a GPU that is the host's memory.
+    if not run.cuda:
+        whole = 4 * (numbers(body.weights) + max(numbers([weight]) for weight in body.weights))
+        moments.append((0.0, roots, kept + states + again, 0.0, whole))
+    parts = ("gradients", "gathered", "activations", "head", "export")
+    return [always | dict(zip(parts, moment)) for moment in moments]
+
+
+def _activations(body: Body, run: Run) -> tuple[float, float]:
+    """(kept from forward to backward, made again and on top in the backward of one block)."""
+    count = len(body.blocks)
+    again = range(0, {"none": 0}.get(run.checkpointing, count), 2 if run.checkpointing == "selective" else 1)
+    kept = sum(body.inputs[k] if k in again else body.saved[k] for k in range(count))
+    # and the gradients of the widest, before it and after it, and a product
+    on_top = max((body.saved[k] for k in again), default=0.0) + 3 * body.widest
+    return run.tokens * kept, run.tokens * on_top
+
+
+def _head(body: Body, run: Run) -> float:
+    """What vocab.py holds at most: in its forward, or in its backward."""
+    if not run.chunks:
+        return 0.0
+    rows, width = body.head
+    matrix = 4.0 * rows * width
+    wide = matrix * (run.size < 4 and not run.cuda)  # the fp32 copy of its weights
+    chunk = 4.0 * rows * min(run.tokens, max(16, vocab.CHUNK_BYTES // (4 * rows)))
+    twins = run.reference in TWINS
+    tiles = 6 * vocab.TILE_BYTES
+    total = matrix * body.head_trained * (1 + run.cuda)  # on CUDA a product is made before it is added
+    forward = (1 + twins) * (wide + chunk)
+    backward = (1 + run.drift) * (wide + chunk) + total + chunk * run.size / 4
+    return max(forward, backward) + tiles
+
+
+def flops(body: Body, run: Run, tokens: float, trained: float, keys: float) -> float:
+    """Of a step of `tokens`, `trained` of which meet the head, each of which sees `keys` on average."""
+    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[run.checkpointing]
+    of_head = 2.0 * math.prod(body.head) * trained * run.chunks
+    reference = run.reference in ("live", "adapters")
+    backward = 2.0 if body.head_trained else 1.0  # frozen weights have no gradient
+    passes = 1 + reference + again + backward
+    products = 2 + (run.reference in TWINS) * (1 + run.drift) + backward
+    attention = body.attention * keys * tokens
+    return (body.flops * tokens + attention) * passes + attention * (2 - backward) + of_head * products
+
+
+# ---- what is said of it
+# -----------------------------------------------------------------------------------------------------------
+
+
+def add_flags(made: argparse.ArgumentParser) -> None:
+    """The flags of a plan, for a training script."""
+    group = made.add_argument_group("plan")
+    add = group.add_argument
+    # fmt: off
+    plan = "say what a run would need, and end; the rate is that of the GPUs' peak which time is counted at"
+    add("--plan", type=config.positive, nargs="?", const=0.4, default=None, metavar="RATE", help=plan)
+    add("--gpus", type=config.count, default=None, help="of a plan; None: as many as ranks")
+    add("--memory", type=config.positive, default=None, help="GB that a rank has; None: of this machine")
+    add("--yes", type=config.boolean, default=False, help="start even a run that cannot fit into memory or on a disk")
+    # fmt: on
+
+
+def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = None) -> None:
+    """--plan: say what a run of these flags would take; no data are read. `objective` None: sft.py. Raises
+    ValueError for a model directory without a configuration."""
+    whole, other = _bodies(args, objective)
+    ranks = args.gpus or int(os.environ.get("WORLD_SIZE", 1))
+    cuda = args.memory is not None or (args.device != "cpu" and torch.cuda.is_available())
+    several = 1 if objective is None or not (objective.pairs or objective.scores) else 2
+    prompt = 0 if objective is not None and objective.scores else args.max_prompt_length
+    example = several * args.max_length - (several - 1) * prompt
+    lengths = [example] * args.batch_size
+    run = _run(args, objective, lengths, ranks, cuda)
+    total, trained = numbers(whole.weights), numbers([w for w in whole.weights if w.trained])
+    say(f"{args.model}: {total:,} parameters, {trained:,} of them trained; {len(whole.blocks)} blocks, "
+        f"width {whole.head[1]}, {whole.head[0]} ids")  # fmt: skip
+    parts = _parts(whole, run, other)
+    say(f"memory of a rank, {ranks} in all: {_gb(parts)} = " + _listed(parts))
+    say(f"shards: {balance(whole, ranks):.3f} times an equal share of the weights")
+    tokens = example * args.batch_size
+    work = flops(whole, run, tokens, SHARE * tokens, args.max_length / 2)
+    steps = "" if args.steps is None else f"; {args.steps} steps, {args.steps * work:.3g} FLOP"
+    say(f"a step: up to {tokens} tokens in {run.microbatches} micro-batches a rank, {work:.3g} FLOP{steps}")
+    disk = f"disk: a checkpoint {12 * trained / 1e9:.3g} GB, final/ up to {4 * total / 1e9:.3g} GB"
+    if args.steps is not None:
+        disk += f", rows in --token-cache about {args.steps * tokens * ROW_BYTES / 1e9:.2g} GB"
+    say(disk)
+    alone = _run(args, objective, lengths, 1, True)
+    for size, (card, rate) in CARDS.items():
+        least = fewest(whole, alone, size, other)
+        if least is None:
+            say(f"{card}, {size} GB: not on {MOST_RANKS}")
+            continue
+        seconds = work / (args.plan * rate * 1e12 * least)
+        time = f"{seconds:.3g} s a step" + (f", {args.steps * seconds / 3600:.3g} h" if args.steps else "")
+        say(f"{card}, {size} GB: {least} at least, {time} at {args.plan:.0%} of {rate} TFLOP/s (computed)")
+    limit = _limit(args, cuda)
+    if sum(parts.values()) > limit:
+        say(f"does not fit into {limit / 1e9:.3g} GB: {_advice(args, objective, lengths, run, limit)}")
+
+
+def refuse(
+    args: argparse.Namespace, lengths: Any, device: torch.device, ranks: int, say: Callable, objective: Any
+) -> None:  # fmt: skip
+    """Say what a rank of a run needs; `lengths` are tokens of each group. Raises ValueError for one that
+    cannot fit into its memory, unless --yes."""
+    whole, other = _bodies(args, objective)
+    run = _run(args, objective, lengths, ranks, device.type == "cuda")
+    parts, limit = _parts(whole, run, other), _limit(args, run.cuda)
+    say(f"needs about {_gb(parts)} a rank of {limit / 1e9:.3g}: {_listed(parts)}")
+    if sum(parts.values()) > limit and not args.yes:
+        advice = _advice(args, objective, lengths, run, limit)
+        raise ValueError(f"needs {_gb(parts)} a rank, there are {limit / 1e9:.3g} ({advice}; or --yes true)")
+
+
+def fewest(body: Body, run: Run, memory: float, other: Body | None = None) -> int | None:
+    """The fewest GPUs, a power of 2, of so many GB each on which a run fits; None if it does on none."""
+    for ranks in (2**k for k in range(MOST_RANKS.bit_length())):
+        parts = need(body, run._replace(ranks=ranks, cuda=True), other)
+        if sum(parts.values()) <= memory * 1e9 * (1 - SPARE):
+            return ranks
+    return None
+
+
+def _bodies(args: argparse.Namespace, objective: Any) -> tuple[Body, Body | None]:
+    """Of the policy, and of a reference that is another model."""
+    made = [args.model]
+    if objective is not None and objective.has_reference and lora.shared(args) is None:
+        made += [args.reference] * (args.reference not in (None, args.model))
+    trust, dtype = args.trust_remote_code, getattr(torch, args.dtype)
+    adapt = [functools.partial(lora.insert, args=args) if lora.wanted(args) else None, None]
+    found = [body(loading.settings(path, trust), dtype, how, trust) for path, how in zip(made, adapt)]
+    if objective is not None and objective.advantages is not None:
+        width = found[0].head[1]
+        shapes = [(width, width), (width,)] * 2 + [(1, width), (1,)]
+        found[0].root.extend(Weight(shape, True) for shape in shapes)
+    return found[0], (found + [None])[1]
+
+
+def _run(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, cuda: bool) -> Run:
+    """The largest micro-batch that the flags and the lengths of groups allow."""
+    longest = np.sort(np.asarray(lengths))[::-1][: args.batch_size]
+    share = math.ceil(longest.sum() / ranks)
+    tokens = max(int(longest[0]), min(args.tokens_per_microbatch, share))
+    reference = "none"
+    if objective is not None and objective.has_reference:
+        reference = "live" if lora.shared(args) is None else "adapters"
+        if args.cache_reference:
+            reference = "hidden" if args.cache_hidden else "cached"
+    return Run(
+        tokens, ranks, math.ceil(share / tokens), getattr(torch, args.dtype).itemsize,
+        args.activation_checkpointing, reference, bool(objective and objective.through),
+        not (objective and objective.scores), cuda,
+    )  # fmt: skip
+
+
+def _parts(body: Body, run: Run, other: Body | None) -> dict[str, float]:
+    """What a rank needs of its GPU's memory, or of the machine's."""
+    return need(body, run, other) | ({} if run.cuda else {"runtime": RUNTIME})
+
+
+def _limit(args: argparse.Namespace, cuda: bool) -> float:
+    """Bytes that a rank may take: of a GPU less SPARE, or of this machine's memory its part."""
+    if args.memory is not None:
+        return args.memory * 1e9 * (1 - SPARE)
+    if cuda:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory * (1 - SPARE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _advice(args: argparse.Namespace, objective: Any, lengths: Any, run: Run, limit: float) -> str:
+    """What makes a run fit, the cheapest in time first: one change after another until it does."""
+    whole, other = _bodies(args, objective)
+    ranks, said = run.ranks, []
+    more = [{"gpus": 2**k} for k in range(MOST_RANKS.bit_length()) if 2**k > ranks]
+    steps = [{"tokens_per_microbatch": args.max_length}, {"activation_checkpointing": "full"}]
+    for change in [*steps, *[ADAPTERS] * (not lora.wanted(args)), *more]:
+        key, value = next(iter(change.items()))
+        if getattr(args, key) == value:
+            continue
+        args = argparse.Namespace(**vars(args) | change)
+        said = [word for word in said if not word.startswith("--gpus")]
+        said.append(f"--{key.replace('_', '-')} {value}")
+        if change is ADAPTERS:
+            whole, other = _bodies(args, objective)
+        run = _run(args, objective, lengths, args.gpus or ranks, run.cuda)
+        if sum(_parts(whole, run, other).values()) <= limit:
+            return "fits with " + " ".join(said)
+    return "fits with nothing known here"
+
+
+def _gb(parts: dict[str, float]) -> str:
+    return f"{sum(parts.values()) / 1e9:.2f} GB"
+
+
+def _listed(parts: dict[str, float]) -> str:
+    return " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
+
+
+# ---- how big can one go
+# -----------------------------------------------------------------------------------------------------------
+
+
+def table(tokens: int = 4096) -> str:
+    """Markdown, computed: GB a GPU of each of SIZES by ranks, method and loss, and which cards hold it."""
+    cards = " / ".join(map(str, CARDS))
+    heads = ["model", "trained", "loss", *[f"GB a GPU of {n}" for n in RANKS], f"fewest of {cards} GB"]
+    rows = [heads, ["---"] * len(heads)]
+    for name, sizes in SIZES.items():
+        shape = dict(zip([*SHAPE, "vocab_size"], sizes))
+        shape |= {"tie_word_embeddings": name in TIED, "head_dim": 64 if name == "1B" else 128}
+        settings = LlamaConfig(**shape)
+        settings._attn_implementation = None
+        flags = argparse.Namespace(model="", **ADAPTERS)
+        for adapters in (False, True):
+            adapt = functools.partial(lora.insert, args=flags) if adapters else None
+            whole = body(settings, torch.bfloat16, adapt)
+            for loss, drift in (("dpo", False), ("ra_dpo1", True)):
+                run = Run(tokens, 1, 2, reference="adapters" if adapters else "live", drift=drift, cuda=True)
+                sums = [sum(need(whole, run._replace(ranks=n)).values()) / 1e9 for n in RANKS]
+                least = [str(fewest(whole, run, size) or "-") for size in CARDS]
+                cells = [f"{size:.0f}" for size in sums] + [" / ".join(least)]
+                rows.append([name, "LoRA" if adapters else "all", loss, *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main() -> None:
+    print("Computed, not measured: micro-batches of 4,096 tokens, bf16, full checkpointing, adapters of rank "
+          f"16, {SPARE:.0%} of a GPU left free.\n\n{table()}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

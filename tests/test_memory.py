@@ -1,0 +1,189 @@
+"""memory.py against what it counts: autograd, FSDP2, the process that ran; and what it says to a user."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
+
+import align
+import attention
+import lora
+import memory
+import model
+import sft
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import peak  # noqa: E402
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=600, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2, vocab_size=600),
+    "gpt_neox": GPTNeoXConfig(**SMALL, vocab_size=600),
+    "gpt2": GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=600, bos_token_id=0, eos_token_id=0),
+}
+
+
+def flags(**changes):
+    return argparse.Namespace(model="", **memory.ADAPTERS | changes)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("adapters", [False, True], ids=["all", "adapters"])
+def test_what_blocks_keep_is_what_autograd_saves_of_the_model_that_trains(name, adapters, tmp_path, monkeypatch):
+    """red: saved[-1] += 2 * _bytes(value); keep() without `held`, so that weights count; .train() with
+    GPT-2's dropout; no attention saved"""
+    CONFIGS[name].save_pretrained(tmp_path)
+    tokens = 256
+    monkeypatch.setattr(memory, "PROBE", tokens)
+    adapt = (lambda lm: lora.insert(lm, flags(lora_rank=4))) if adapters else None
+    found = memory.body(CONFIGS[name], torch.bfloat16, adapt)
+    live = model.load(str(tmp_path), torch.float32, 64, "random")
+    if adapters:
+        live.lm.requires_grad_(False)
+        lora._inject(live.lm, lora._settings(live.lm, flags(lora_rank=4)), 0.0, 0)
+    for parameter in live.parameters():
+        parameter.data = parameter.data.bfloat16()
+    held = {part.untyped_storage().data_ptr() for part in (*live.parameters(), *live.buffers())}
+    kept = {}
+
+    def keep(value):
+        if value.untyped_storage().data_ptr() not in held:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    groups = [(tokens // 4, [tokens // 4] * 3)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        live(ids, torch.arange(tokens)[None], attention.layout(groups), torch.arange(2))
+    real = sum(value.untyped_storage().nbytes() for value in kept.values())
+    assert sum(found.saved) * tokens == pytest.approx(real, rel=0.05)
+    assert memory.numbers(found.weights) == sum(parameter.numel() for parameter in live.parameters())
+    trained = sum(parameter.numel() for name, parameter in live.named_parameters() if parameter.requires_grad)
+    assert memory.numbers([weight for weight in found.weights if weight.trained]) == trained
+
+
+SHARDS = """
+import sys, torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import fsdp, model
+dist.init_process_group("fake", rank=int(sys.argv[2]), world_size=64, store=FakeStore())
+lm = model.load(sys.argv[1], torch.float32, 64, "random")
+fsdp.shard(lm, lm.blocks, torch.bfloat16, torch.device("cpu"))
+print(sum(p.to_local().numel() for p in lm.parameters()),
+      sum(g.fsdp_params[k]._sharded_param_data.numel() for m in lm.modules()
+          for g in [getattr(m, "_get_fsdp_state", lambda: None)() and m._get_fsdp_state()._fsdp_param_group]
+          if g for k in range(len(g.fsdp_params))))
+"""
+
+
+def test_shards_of_64_ranks_are_those_of_fsdp(tmp_path):
+    """red: math.floor instead of math.ceil in numbers()"""
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    said = subprocess.run(
+        [sys.executable, "-c", SHARDS, str(tmp_path), "0"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    found = memory.body(CONFIGS["llama"])
+    assert int(said[-1]) == memory.numbers(found.weights, 64)
+    assert memory.balance(found, 64) == pytest.approx(int(said[-1]) * 64 / memory.numbers(found.weights))
+    assert memory.balance(found, 1) == 1
+
+
+def test_flops_are_those_of_the_products():
+    """red: 2 * math.prod -> math.prod; experts not shared out"""
+    found = memory.body(CONFIGS["llama"])
+    wide, narrow, inner = 64, 32, 96
+    assert found.flops == 3 * 2 * (2 * wide * wide + 2 * wide * narrow + 3 * wide * inner)
+    assert found.attention == 3 * 2 * 2 * wide
+    mixture = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, vocab_size=99)
+    found = memory.body(mixture)
+    assert found.flops == 3 * 2 * (2 * wide * wide + 2 * wide * narrow + 2 * 3 * wide * inner + 8 * wide)
+    # forward, recomputed forward and twice a forward backward; the head once, once again and twice
+    run = memory.Run(100)
+    step = memory.flops(found, run, 100, 10, 50)
+    assert step == pytest.approx(4 * 100 * (found.flops + 50 * found.attention) + 4 * 2 * 99 * 64 * 10)
+
+
+def test_a_run_takes_what_it_said(tmp_path):
+    """red: moments at 4 bytes; no reference; the head's fp32 copies left out"""
+    sizes = {"hidden_size": 320, "num_hidden_layers": 6, "num_attention_heads": 5, "intermediate_size": 1280}
+    sizes |= {"num_key_value_heads": 1, "tie_word_embeddings": True}
+    peak.make_model("qwen2", sizes, tmp_path)
+    found = peak.run(str(tmp_path), peak.CASES["all, live"], length=16)
+    assert found["predicted"] == pytest.approx(found["peak"], rel=0.15), found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A configuration without weights or a tokenizer."""
+    CONFIGS["llama"].save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def planned(main, folder, capsys, *more):
+    given = ["--model", f"{folder}/model", "--data", "nowhere.jsonl", "--out", f"{folder}/run", "--plan", *more]
+    main([*given, "--max-length", "64"])
+    assert not (folder / "run").exists()
+    return capsys.readouterr().out
+
+
+def gigabytes(said):
+    return float(re.search(r"in all: ([\d.]+) GB", said)[1])
+
+
+def test_a_plan_needs_a_configuration_alone(folder, capsys):
+    """red: preflight.begin looking for weights; data read before the plan"""
+    said = planned(align.main, folder, capsys, "0.3", "--gpus", "64", "--memory", "80", "--steps", "10")
+    assert "memory of a rank, 64 in all" in said and "reference" in said and "30%" in said
+    assert re.search(r"H100, 80 GB: 1 at least", said) and "does not fit" not in said
+    assert "reference" not in planned(align.main, folder, capsys, "--loss", "simpo")
+    assert "reference" not in planned(sft.main, folder, capsys)
+    for loss in ("ppo", "kto", "ra_dpo1", "reward"):
+        if loss in align.LOSSES:
+            planned(align.main, folder, capsys, "--loss", loss)
+
+
+def test_a_plan_says_what_to_change(folder, capsys):
+    """red: limit never compared; the order of the changes"""
+    few = ["--memory", "0.06", "--batch-size", "256", "--tokens-per-microbatch", "8192"]
+    said = planned(align.main, folder, capsys, *few, "--activation-checkpointing", "none")
+    assert "does not fit into 0.0552 GB: fits with --tokens-per-microbatch 64\n" in said
+    said = planned(align.main, folder, capsys, "--memory", "0.0001")
+    assert said.endswith("fits with nothing known here\n")
+
+
+def test_a_run_that_cannot_fit_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    """red: refuse() without the raise, or after the run directory is made; --yes ignored"""
+    peak.make_model("llama", SMALL, tmp_path / "model")
+    peak.write_pairs(tmp_path / "pairs.jsonl", 8, 16)
+    given = ["--model", f"{tmp_path}/model", "--data", f"{tmp_path}/pairs.jsonl", "--out", f"{tmp_path}/run"]
+    given += ["--steps", "0", "--device", "cpu", "--token-cache", f"{tmp_path}/cache", "--memory", "0.01"]
+    command = [sys.executable, "align.py", *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert re.fullmatch(r"error: needs [\d.]+ GB a rank, there are 0.0092 \(.*; or --yes true\)\n", done.stderr)
+    assert "needs about" in done.stdout
+    done = subprocess.run([*command, "--yes", "true"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "run" / "status.json").exists(), done.stderr
+
+
+def test_more_ranks_and_less_kept_take_less(monkeypatch):
+    """red: shards of weights, moments or gradients not divided by the ranks; selective as full"""
+    found = memory.body(CONFIGS["llama"])
+    run = memory.Run(200_000, ranks=4, microbatches=2, reference="live", cuda=True)
+    total = lambda **changes: sum(memory.need(found, run._replace(**changes)).values())  # noqa: E731
+    assert total(ranks=1) > total() > total(ranks=64)
+    assert total(checkpointing="none") > total(checkpointing="selective") > total()
+    assert total() > total(reference="hidden") > total(reference="none") == total(reference="cached")
+    assert total(reference="hidden") >= total(reference="adapters")
+    assert total(drift=True) >= total() and total(cuda=False) >= total(cuda=True)
+    monkeypatch.setattr(memory, "SIZES", {"1B": memory.SIZES["1B"]})
+    rows = memory.table().splitlines()
+    assert len(rows) == 2 + 4 and "| 1B | all | dpo |" in rows[2]
