@@ -202,6 +202,13 @@ def add(
         f"{trained:,} of {total:,} parameters are trained")  # fmt: skip
 
 
+def numbers(lm: nn.Module, args: argparse.Namespace) -> int:
+    """How many numbers the adapters of a run hold, by a skeleton of its model, which gets them. Raises
+    ValueError as `add` does."""
+    _inject(lm, _read(args)[0] if args.lora_from else _settings(lm, args), 0.0, 0)
+    return sum(p.numel() for name, p in lm.named_parameters() if ".lora_" in name)
+
+
 def layers(part: nn.Module) -> list[Any]:
     """The layers of a model that have adapters, as peft's modules."""
     return [layer for _, layer in _named_layers(part)]

@@ -195,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = vars(args) | {"data_digest": train.digest} | lora.record(policy, args)
     with config.user_errors():
         final_dtype = export.prepare(args)
-        lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends
+        need = checkpoint.size(policy)
+        lock = rundir.take(args, rank, device, need)  # noqa: F841  held until the process ends
         start = checkpoint.resume(
             args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, {}, total
         )
