@@ -308,7 +308,7 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
     options = _options(made)
     lists = {name for action in made._actions if action.nargs == "+" for name in action.option_strings}
     for key, value in values.items():
-        if key.endswith("_state"):  # beside a file of parts.py: what a flag named then
+        if key.endswith("_state"):  # of parts.py and rundir.py: what a flag named then
             continue
         flag = f"--{key.replace('_', '-')}"
         line = next(

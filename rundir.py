@@ -73,18 +73,38 @@ def check_run(args: argparse.Namespace) -> None:
 
 
 def _changed_flags(args: argparse.Namespace, path: Path) -> dict[str, tuple[Any, Any]]:
-    """Flags of training that are not those a run was made with: (then, now)."""
+    """Flags of training that are not those a run was made with: (then, now). What one names is compared by
+    what it holds, where that was and is known."""
     try:
-        made = files.read_json(path)
-    except ValueError as error:
+        made, held = files.read_json(path), contents(args)
+    except (ValueError, OSError) as error:
         config.fail(str(error), right="choose another --out")
-    flags = {key: value for key, value in vars(args).items() if key not in config.HOW_FLAGS}
-    now = json.loads(json.dumps(flags))
+    known = {key for key in held if f"{key}_state" in made}
+    for key in sorted(known):
+        if made[f"{key}_state"] != held[key]:
+            said = f"is finished and was made from another --{key.replace('_', '-')} than there is now"
+            config.fail(str(path.parent), said, "choose another --out")
+    skipped = known.union(config.HOW_FLAGS)
+    now = json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in skipped}))
     return {
         key: (made.get(key), value)
         for key, value in now.items()
         if made.get(key) != value and not (key not in made and value in (None, False))
     }
+
+
+def contents(args: argparse.Namespace) -> dict[str, str]:
+    """A hash of what the files hold that flags name, by flag, for directories of models and files of rows: a
+    run of the same is the same, wherever they lie. Folders of rows, and what is on a hub, go by their names.
+    Raises OSError."""
+    found = {}
+    for key in ("model", "reference", "lora_from"):
+        if (name := getattr(args, key, None)) and Path(name).is_dir():
+            kinds = (".json", ".jinja", ".safetensors")
+            found[key] = files.fingerprint(path for path in Path(name).iterdir() if path.suffix in kinds)
+    if all(Path(name).is_file() for name in args.data):
+        found["data"] = " ".join(files.fingerprint([Path(name)]) for name in args.data)
+    return found
 
 
 def take(args: argparse.Namespace, rank: int, device: torch.device, need: int = 0) -> Any:
@@ -134,7 +154,8 @@ def begin(
         check_weights(model, f"step-{start}")
         if rank == 0:
             config.tell(room(args, checkpoint.size(model, extra)))
-            flags = {key: value for key, value in vars(args).items() if value is not None}
+            held = {f"{key}_state": value for key, value in contents(args).items()}  # no flags: config.py
+            flags = {key: value for key, value in vars(args).items() if value is not None} | held
             skipped = rewind_log(args.out, start)
             config.write_json(Path(args.out) / "args.json", flags)
     write_status(args, rank, "running", start, skipped=skipped)
@@ -211,8 +232,7 @@ def failing(args: argparse.Namespace, rank: int, step: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        name, why = getattr(error, "filename", None), getattr(error, "strerror", None)
-        said = f"{name}: {why}" if name and why else str(error)
+        said = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         write_status(args, rank, "failed", step, said)
         config.fail(said)
 
@@ -228,9 +248,8 @@ def write_status(
         with contextlib.suppress(OSError, ValueError):
             old = files.read_json(Path(args.out) / "status.json")
             skipped = old.get("skipped", 0) if skipped is None else skipped
-        status |= {"skipped": skipped} if skipped else {}
-        status |= {"lost_rows": LOST["rows"]} if LOST["rows"] else {}
-        status |= {"reason": reason} if reason else {}
+        told = {"skipped": skipped, "lost_rows": LOST["rows"], "reason": reason}
+        status |= {key: value for key, value in told.items() if value}
         saved = checkpoint.complete(args.out)
         status |= {"last_checkpoint": saved[0].name} if saved else {}
         with contextlib.suppress(OSError):
