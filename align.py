@@ -231,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         units, unit, how = objective.counts(train), objective.batch_unit, objective.pairs or "best-worst"
         preflight.tell_long(units, args.batch_size, unit, say)
         if args.check:
-            heads = (objective.advantages is not None, objective.scores)
-            return preflight.report(args, tokenizer, train, evaluated, units, say, *heads)
+            return preflight.report(args, tokenizer, train, evaluated, units, say, objective)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code)
         dtype = getattr(torch, args.dtype)
         masters = dtype if lora.wanted(args) else torch.float32
@@ -277,8 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = vars(args) | {"data_digest": train.digest} | lora.record(policy, args)
     with config.user_errors():
         final_dtype = export.prepare(args)
-        need = checkpoint.size(policy, extra)
-        lock = rundir.take(args, rank, device, need)  # noqa: F841  held until the process ends
+        lock = rundir.take(args, rank, device, checkpoint.size(policy, extra))  # noqa: F841  held to the end
         start = checkpoint.resume(
             args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, extra, total
         )

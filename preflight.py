@@ -52,11 +52,10 @@ def report(
     evaluated: Any,
     units: np.ndarray,
     say: Callable[..., None],
-    critic: bool = False,
-    score: bool = False,
+    objective: Any = None,
 ) -> None:
     """Say what a run of these flags would do: `units` (n,) are what --batch-size counts of each example;
-    `critic` and `score`: the heads of model.add_value_head and model.add_score are trained too. Raises
+    `objective` is that of align.py, which may want the heads of model.add_value_head or add_score. Raises
     ValueError for a model that does not fit its tokenizer, its weights or --max-length, for adapters that do
     not fit the model, and for a disk that does not hold a checkpoint where there shall be some."""
     say("flags: " + " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None))
@@ -77,7 +76,9 @@ def report(
             if lora.wanted(args):
                 trained = lora.numbers(loading.skeleton(settings, args.trust_remote_code), args)
             width = text.hidden_size
-            trained += critic * (2 * (width + 1) * width + width + 1) + score * width
+            if objective is not None and objective.advantages is not None:
+                trained += 2 * (width + 1) * width + width + 1
+            trained += width * bool(objective and objective.scores)
         if getattr(args, "method", "") != "csft" and len(tokenizer) > text.vocab_size:
             raise ValueError(f"{path}: tokenizer has {len(tokenizer)} ids, the embedding {text.vocab_size}")
         weights = f"{tensors} tensors of {numbers} numbers" if tensors else "weights random, or on the hub"
