@@ -318,7 +318,8 @@ def main() -> None:
         other = sorted(name for name in {*found, *should} if found.get(name) != should.get(name))
         said = "equal" if not other else f"{len(other)} differ, first {other[0]}" if found else "not finished"
         said += "" if ended else ", a process hung"
-        peers = any(" one" in told or "torchrun's" in told for told in story)  # who lost one says how
+        # who lost one says how, and torchrun how it was told
+        peers = any(" one" in told or "torchrun" in told for told in story)
         said += ", a traceback" if "Traceback" in log.read_text() and not peers else ""
         wrong += said != "equal"
         rows_lost = sum(name.startswith("row ") for name in lost)
