@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         units, unit, how = objective.counts(train), objective.batch_unit, objective.pairs or "best-worst"
         preflight.tell_long(units, args.batch_size, unit, say)
         if args.check:
-            return preflight.report(args, tokenizer, train, evaluated, units, device, say)
+            return preflight.report(args, tokenizer, train, evaluated, units, device, say, objective)
         memory.refuse(args, train.lengths, device, world_size, say, objective)
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = vars(args) | {"data_digest": train.digest} | lora.record(policy, args)
     with config.user_errors():
         final_dtype = export.prepare(args)
-        lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends
+        lock = rundir.take(args, rank, device, checkpoint.size(policy, extra))  # noqa: F841  held to the end
         start = checkpoint.resume(
             args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, extra, total
         )

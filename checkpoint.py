@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -186,7 +187,8 @@ def _put_aside(path: Path) -> Path:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may go to the disk that is full
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def resume(
@@ -232,22 +234,26 @@ def resume(
 def _compare(path: Path, made: dict[str, Any], now: dict[str, Any], free: Sequence[str]) -> None:
     """Raises ValueError unless a checkpoint was made with the flags, data and models of this run."""
     digested = {key for key in DIGESTS if f"{key}_digest" in made and f"{key}_digest" in now}
+    skipped = {*free, *digested, *(f"{key}_digest" for key in DIGESTS)}
+    both = {key: (made.get(key), now.get(key)) for key in sorted((set(made) | set(now)) - skipped)}
+    changed = [key for key, (then, wanted) in both.items() if then != wanted]
+    # first what both have: another --loss says more than the parameters that one of the two has not
+    for key in sorted(changed, key=lambda key: None in both[key]):
+        flag, (then, wanted) = f"--{key.replace('_', '-')}", both[key]
+        raise ValueError(f"{path} was made with {flag} {then}, this run has {flag} {wanted}")
+    # after the flags, on some of which they depend
     for key, what in DIGESTS.items():
         if key in digested and made[f"{key}_digest"] != now[f"{key}_digest"]:
             raise ValueError(f"{path} was made from {what} now; choose another --out")
-    skipped = {*free, *digested, *(f"{key}_digest" for key in DIGESTS)}
-    for key in sorted((set(made) | set(now)) - skipped):
-        then, wanted = made.get(key), now.get(key)
-        if then != wanted:
-            flag = f"--{key.replace('_', '-')}"
-            raise ValueError(f"{path} was made with {flag} {then}, this run has {flag} {wanted}")
 
 
 def _read(path: Path, state: dict[str, Any], **options: Any) -> None:
     """Fill a state from a checkpoint. Raises ValueError for anything but tensors of its names and shapes."""
     metadata.read(path)  # by itself first: within dcp.load its refusal would be wrapped
     try:
-        dcp.load(state, storage_reader=metadata.SafeReader(str(path)), **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it was meant
+            dcp.load(state, storage_reader=metadata.SafeReader(str(path)), **options)
     except CheckpointException as error:  # a BaseException
         cause = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise ValueError(f"{path}: does not fit this model: {cause}") from error

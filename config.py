@@ -31,16 +31,20 @@ def fail(where: str, what: str = "", right: str = "") -> NoReturn:
     message = ": ".join(part for part in (where, what) if part) + (f" ({right})" if right else "")
     if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(5)
-    print(f"error: {' '.join(message.split())[:1000]}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may go to a disk that is full
+        print(f"error: {' '.join(message.split())[:1000]}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def tell(*parts: Any) -> None:
-    """Print a line. A reader that has gone away, such as `head`, ends the printing and nothing else."""
+    """Print a line. A reader that has gone away, such as `head`, ends the printing and nothing else, and a
+    full disk that stdout goes to costs lines."""
     try:
         print(*parts, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass
 
 
 @contextlib.contextmanager
@@ -305,7 +309,7 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
     options = _options(made)
     lists = {name for action in made._actions if action.nargs == "+" for name in action.option_strings}
     for key, value in values.items():
-        if key.endswith("_state"):  # beside a file of parts.py: what a flag named then
+        if key.endswith("_state"):  # of parts.py and rundir.py: what a flag named then
             continue
         flag = f"--{key.replace('_', '-')}"
         line = next(
@@ -348,7 +352,11 @@ def _shown(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by a complete one."""
+    """Replace a file by a complete one. Raises OSError, and then nothing is left beside it."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

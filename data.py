@@ -357,12 +357,11 @@ def _parts(source: str) -> list[str]:
 
 
 def _is_path(name: str) -> bool:
-    return files.suffix(Path(name)) in files.SUFFIXES or name.startswith((".", os.sep, "~"))
+    return files.suffix(Path(name)) in files.SUFFIXES or files.looks_local(name)
 
 
 def _on_hub(name: str) -> bool:
-    local = _is_path(name) or Path(name).exists()
-    return not local and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return not _is_path(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def _folder_rows(

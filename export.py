@@ -53,8 +53,10 @@ def _check_target(out: str | Path, keep: Sequence[str | None] = ()) -> None:
     """Raises ValueError for a directory that an export may not replace: one that no export wrote, a run, or
     one of `keep`, the models that a run started from."""
     out = Path(out)
-    if not out.exists():
+    if not os.path.lexists(out):
         return
+    if not out.exists():
+        raise ValueError(f"{out}: a link to what is not there; choose another name")
     for path in (Path(path) for path in keep if path):
         if path.exists() and out.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"{out}: holds the model that the run started from; choose another name")
@@ -185,6 +187,7 @@ def _replacing(out: str | Path, state: dict[str, Tensor]) -> Iterator[Path]:
 
 def save_tokenizer(tokenizer: Any, place: str | Path, settings: GenerationConfig | None = None) -> None:
     """A tokenizer, and where generation stops, into a directory. Raises OSError if they do not fit."""
+    Path(place).mkdir(parents=True, exist_ok=True)
     try:
         tokenizer.save_pretrained(place)
     except Exception as error:

@@ -2,6 +2,7 @@
 
     rows           (where, row) of a file, where "file:line" or "file[index]"
     read_json      the one object of a small file: settings, records, what a model says of itself
+    looks_local    a name that is no file may still not be one of a hub
     suffix         what says which kind of file it is
     split_names    what a split may be called
     fingerprint    a hash of what files of any kind hold, of a few blocks of each
@@ -20,6 +21,7 @@ import csv
 import gzip
 import hashlib
 import json
+import os
 import re
 import stat
 import zlib
@@ -35,6 +37,7 @@ JSON = (".jsonl", ".ndjson", ".json")
 TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*JSON, *TABLES, ".parquet")
 PACKED = (".gz", ".zst")
+FOLDERS = ("runs", "models", "cache", "configs", "examples")  # of this project
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
 WRAPPERS = ("data", "rows", "examples", "instances")  # what a file's one object may call its list
 # Keys of rows, which an object that wraps a list of them does not have.
@@ -42,7 +45,6 @@ LAYOUT = {"prompt", "chosen", "rejected", "completion", "messages", "conversatio
 CALLS = ("tools", "tool_calls", "function_call")
 SPACE = re.compile(r"\s*")
 ITEM = re.compile(r"\[\s*(\S)")  # what a list begins with
-DECODER = json.JSONDecoder()
 
 
 def read_text(path: Path, most: int = MAX_OBJECT) -> str:
@@ -92,6 +94,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def fingerprint(paths: Iterable[Path]) -> str:
     """A hash of files' names, sizes, and 64 blocks of 4 kB of each, its first and last among them: 0.02 s for
     files of any size. Other weights, other rows, a hole that a crash left, are seen; one changed byte in a
@@ -106,6 +111,14 @@ def fingerprint(paths: Iterable[Path]) -> str:
                 file.seek(last * index // 63)
                 found.update(file.read(BLOCK))
     return found.hexdigest()
+
+
+def looks_local(name: str) -> bool:
+    """Is a name of nothing that is there a path's all the same, and not org/name of a hub? So is one in a
+    folder that is there, or where this project keeps its own: a misspelled run is no repository."""
+    first = name.split("/")[0]
+    inside = "/" in name and (first in FOLDERS or os.path.lexists(first))
+    return inside or name.count("/") > 1 or name.startswith((".", os.sep, "~")) or os.path.lexists(name)
 
 
 def suffix(path: Path) -> str:
@@ -268,7 +281,9 @@ def _first_object(scan: "Scan", split: str, named: str | None) -> Iterator[tuple
     while scan.peek() != "}":
         if row or held:
             scan.take(",")
-        key = scan.key()
+        key, place = scan.key(), f"{scan.path}:{scan.line}"
+        if key in row:
+            raise ValueError(f"{place}: the key {key[:40]!r} stands there twice")
         scan.take(":")
         if key in lists and scan.peek() == "[" and scan.holds_objects():
             held.append(key)

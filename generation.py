@@ -13,6 +13,8 @@ more.
 Left out: beams, penalties, constrained decoding.
 """
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
@@ -91,7 +93,7 @@ def show(
 ) -> None:
     """What the policy in training answers to the prompts of some examples, beside the first answer of the
     data, in out/samples/step-N.txt; all ranks together. The same noise at every step, so that what differs
-    is the policy. `ask` is put behind each prompt."""
+    is the policy. `ask` is put behind each prompt. A file that cannot be written costs a warning."""
     examples = [example for example in examples if example.prompt]
     if not examples:
         return
@@ -113,9 +115,14 @@ def show(
             "data": chat.answer_text(tokenizer, prompt, example.completions[0], template),
         }
         lines += [f"\n======== {number}: {name}\n{text}\n" for name, text in shown.items()]
-    folder = Path(out) / "samples"
-    folder.mkdir(exist_ok=True)
-    (folder / f"step-{step}.txt").write_text("".join(lines), encoding="utf-8", errors="replace")
+    path = Path(out) / "samples" / f"step-{step}.txt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8", errors="replace")
+    except OSError as error:  # on rank 0 alone: the others do not wait for it
+        with contextlib.suppress(OSError):  # stderr may go to the same disk
+            path.unlink(missing_ok=True)
+            print(f"warning: {path}: {error.strerror or error}; going on", file=sys.stderr, flush=True)
 
 
 def _race(how: Sampling, seeds: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

@@ -131,7 +131,7 @@ def verdicts(args: argparse.Namespace, found: Iterable[Prompt]) -> Scorer:
         won[first].append(points[0])
         won[second].append(points[1])
     means = {id: sum(points) / len(points) for id, points in won.items()}
-    return lambda examples: [means.get(example.where, NO_VERDICT) for example in examples]
+    return lambda examples, ids: [means.get(id, NO_VERDICT) for id in ids]
 
 
 def _verdict(where: str, row: Any) -> tuple[str, str, tuple[float, float]]:
@@ -319,7 +319,8 @@ def write(
     count = 0
     for count, chunk in enumerate(scoring.chunks(found), 1):
         if not parts.is_done(args.out, count - 1):
-            scores = scoring.score(chunk, scorer)
+            with parts.undone(args.out):
+                scores = scoring.score(chunk, scorer)
             parts.write(args.out, count - 1, map(record, chunk, scores))
     written = Counter()
 

@@ -4,6 +4,7 @@ or one line that says what is wrong with it.
     check              what a directory's small files and headers say, before anything is loaded
     settings           its configuration
     size               of what it describes, against its weights
+    skeleton           that, without weights
     from_pretrained    a language model with every weight of it
     load_plain         the same to generate with, an adapter merged into its base
     load_tokenizer     the tokenizer
@@ -45,14 +46,17 @@ def one_line(path: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise ValueError(f"{path}: does not fit into memory") from None
-    except Exception as error:
+    except BaseException as error:
+        # a panic of the tokenizers library is no Exception, and has said more on stderr than a line
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             what = "needs code of its own (inspect it, then pass --trust-remote-code true)"
         elif what.startswith("Unrecognized configuration class"):
             kind = what.split("'")[1].split(".")[-1] if "'" in what else "its configuration"
             what = f"{kind} has no causal language model in transformers (save its text part as one)"
-        where = "" if isinstance(error, ValueError) and path in what else f"{path}: "
+        where = "" if what.startswith((f"{path}: ", f"{path}/")) else f"{path}: "  # ours say it already
         raise ValueError(f"{where}{what[:500]}") from error
     finally:
         transformers_logging.set_verbosity(before)
@@ -63,8 +67,7 @@ def options(path: str, trust_remote_code: bool = False) -> dict[str, bool]:
     hub. Raises ValueError if there is no such directory."""
     folder = Path(path)
     if not folder.exists():
-        looks_local = path.count("/") > 1 or path.startswith((".", os.sep, "~")) or os.path.lexists(path)
-        if looks_local or "/" in path and os.path.lexists(path.split("/")[0]):  # a name in runs/, say
+        if files.looks_local(path):
             raise ValueError(f"{path}: no such model directory")
         return {"trust_remote_code": trust_remote_code}
     if not folder.is_dir():
@@ -155,10 +158,8 @@ def size(path: str, config: Any, tensors: int, numbers: int, trust_remote_code: 
     most = tensors or MAX_LAYERS
     if isinstance(layers, int) and layers > most:
         raise ValueError(f"{path}: its configuration has {layers} layers, more than {most} tensors fill")
-    with one_line(path), torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), trust_remote_code=trust_remote_code
-        )
+    with one_line(path):
+        lm = skeleton(config, trust_remote_code)
     wanted = sum(parameter.numel() for parameter in lm.parameters())
     if tensors and wanted > 2 * numbers:
         raise ValueError(f"{path}: its configuration has {wanted} parameters, its weights {numbers}")
@@ -167,6 +168,12 @@ def size(path: str, config: Any, tensors: int, numbers: int, trust_remote_code: 
         need = f"{4 * wanted / 1e9:.2g} GB in fp32, this machine has {memory / 1e9:.2g}"
         raise ValueError(f"{path}: its {wanted} parameters take {need}")
     return wanted
+
+
+def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """A language model of a configuration, without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
 
 
 def from_pretrained(
@@ -203,7 +210,7 @@ def refuse_classifier(config: Any, reward_model: bool) -> None:
 def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
     tied = set(getattr(lm, "all_tied_weights_keys", None) or {})
     missing = sorted(set(report["missing_keys"]) - tied)
-    wrong = sorted(str(key) for key in report.get("mismatched_keys") or [])
+    wrong = sorted(name for name, *_ in report.get("mismatched_keys") or [])
     if missing or wrong:
         raise ValueError(
             f"{path}: {len(missing + wrong)} weights missing or misshapen (first: {(missing + wrong)[0]})"

@@ -203,14 +203,15 @@ def add(
         f"{trained:,} of {total:,} parameters are trained")  # fmt: skip
 
 
-def insert(lm: nn.Module, args: argparse.Namespace) -> None:
+def insert(lm: nn.Module, args: argparse.Namespace) -> int:
     """The adapters of the flags into a transformers model on the meta device, trained and nothing else of it:
-    shapes for a plan. Raises ValueError as `add` does."""
+    shapes for a plan. Returns how many numbers they hold. Raises ValueError as `add` does."""
     made = _read(args)[0] if args.lora_from else _settings(lm, args)
     with torch.device("meta"):
         _inject(lm, made, 0.0, 0)
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_(".lora_" in name)
+    return sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
 
 
 def layers(part: nn.Module) -> list[Any]:

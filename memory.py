@@ -9,7 +9,7 @@
     report    --plan
     refuse    the start of a run: what it needs in one line, and none that cannot fit
 
-Tensors are counted, by these rules. Shards are those of FSDP2: dimension 0 in equal pieces, the last one
+Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equal pieces, the last one
 padded. What is trained has fp32 masters, gradients and two moments; what is frozen lies in the dtype that the
 body computes in. Embeddings and head stay gathered in that dtype, of a live reference too; of the blocks the
 one at work and the next. Activations are what autograd saves of each block, recorded in one pass over a model
@@ -35,6 +35,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import config
+import fsdp
 import loading
 import lora
 import vocab
@@ -193,8 +194,13 @@ def _bytes(value: Tensor) -> int:
 
 
 def numbers(weights: Sequence[Weight], ranks: int = 1) -> int:
-    """Of the weights' shards on one rank: dimension 0 in equal pieces, the last one padded."""
-    return sum(math.ceil(w.shape[0] / ranks) * math.prod(w.shape[1:]) for w in weights)
+    """Of the weights' shards on one rank, as fsdp.shard makes them: an axis in equal pieces, the last padded."""
+    return sum(_shard(weight.shape, ranks) for weight in weights)
+
+
+def _shard(shape: Sequence[int], ranks: int) -> int:
+    axis = fsdp.split_axis(shape, ranks) if shape else 0
+    return math.ceil(shape[axis] / ranks) * math.prod(shape) // shape[axis] if shape else 1
 
 
 def balance(body: Body, ranks: int) -> float:

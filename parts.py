@@ -3,6 +3,7 @@ one that it would have been.
 
     begin     take the place of a file: what is already made of it, or that it is finished
     write     one part, complete or absent
+    undone    within it a failure before the first part leaves nothing
     finish    all parts in their order as the file, complete or absent
 
 Beside FILE stand FILE.args.json, the flags that made it (itself a config), and until it is finished the
@@ -10,13 +11,14 @@ folder .FILE.parts. The parts are numbered, and what is in one does not depend o
 makes any of them, at any time. Left out: processes that share no file system.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import config
 import files
@@ -84,6 +86,18 @@ def write(out: str, index: int, rows: Iterable[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, target)
+
+
+@contextlib.contextmanager
+def undone(out: str) -> Iterator[None]:
+    """Where what is done within raises, and not one part is there yet, nothing is left of what had begun."""
+    try:
+        yield
+    except Exception:
+        if not any(folder(out).glob("*.jsonl")):
+            _about(Path(out)).unlink(missing_ok=True)
+            shutil.rmtree(folder(out), ignore_errors=True)
+        raise
 
 
 def read(out: str, count: int) -> Iterable[dict[str, Any]]:

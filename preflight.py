@@ -66,10 +66,13 @@ def report(
     units: np.ndarray,
     device: torch.device,
     say: Callable[..., None],
+    objective: Any = None,
 ) -> None:
-    """Say what a run of these flags would do: `units` (n,) are what --batch-size counts of each example.
-    Raises ValueError for a model that does not fit its tokenizer, its weights, --max-length or
-    packed attention, and for a disk that does not hold a checkpoint where there shall be some."""
+    """Say what a run of these flags would do: `units` (n,) are what --batch-size counts of each example;
+    `objective` is that of align.py, which may want the heads of model.add_value_head or add_score. Raises
+    ValueError for a model that does not fit its tokenizer, its weights, --max-length or packed attention, for
+    adapters that do not fit the model, and for a disk that does not hold a checkpoint where there shall be
+    some."""
     say("flags: " + " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None))
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * getattr(args, "ppo_epochs", 1)
@@ -85,13 +88,18 @@ def report(
         packing.check(path, settings, args.max_length, *trains)
         text = settings.get_text_config()
         model.check_positions(path, text, args.max_length)
+        if path == args.model:
+            trained = sizes[path]
+            if lora.wanted(args):
+                trained = lora.insert(loading.skeleton(settings, args.trust_remote_code), args)
+            width = text.hidden_size
+            if objective is not None and objective.advantages is not None:
+                trained += 2 * (width + 1) * width + width + 1
+            trained += width * bool(objective and objective.scores)
         if getattr(args, "method", "") != "csft" and len(tokenizer) > text.vocab_size:
             raise ValueError(f"{path}: tokenizer has {len(tokenizer)} ids, the embedding {text.vocab_size}")
         weights = f"{tensors} tensors of {numbers} numbers" if tensors else "weights random, or on the hub"
         say(f"{path}: {settings.model_type}, {sizes[path]} parameters, {text.vocab_size} ids, {weights}")
-    need, place = 12 * sizes[args.model], Path(args.out).absolute()  # fp32 and the two moments of AdamW
-    while not place.exists():
-        place = place.parent
-    said = rundir.room(args, place, need)
+    said = rundir.room(args, 12 * trained)  # fp32 and the two moments of AdamW
     fsdp.finish()
     say(f"{said}; final/ up to {4 * sizes[args.model] / 1e9:.2g} GB")

@@ -28,6 +28,7 @@ import fsdp
 import signals
 
 MAX_LOG = 2**30  # bytes of metrics.jsonl
+LOST = {"rows": 0}  # of this process: lines of it that could not be written
 
 
 def check_run(args: argparse.Namespace) -> None:
@@ -44,6 +45,8 @@ def check_run(args: argparse.Namespace) -> None:
             whole = ", ".join(path.name for path in checkpoint.complete(out)) or "none"
             config.fail(f"no complete checkpoint at {out / args.resume}", right=f"complete: {whole}")
         return
+    if not (out / "final" / "config.json").is_file():
+        config.fail(f"{out}/final", "is no model, so nobody knows what this run is", "choose another --out")
     changed = _changed_flags(args, out / "args.json")
     if not changed:
         if int(os.environ.get("RANK", 0)) == 0:
@@ -70,13 +73,19 @@ def check_run(args: argparse.Namespace) -> None:
 
 
 def _changed_flags(args: argparse.Namespace, path: Path) -> dict[str, tuple[Any, Any]]:
-    """Flags of training that are not those a run was made with: (then, now)."""
+    """Flags of training that are not those a run was made with: (then, now). What one names is compared by
+    what it holds, where that was and is known."""
     try:
-        made = files.read_json(path)
-    except ValueError as error:
+        made, held = files.read_json(path), contents(args)
+    except (ValueError, OSError) as error:
         config.fail(str(error), right="choose another --out")
-    flags = {key: value for key, value in vars(args).items() if key not in config.HOW_FLAGS}
-    now = json.loads(json.dumps(flags))
+    known = {key for key in held if f"{key}_state" in made}
+    for key in sorted(known):
+        if made[f"{key}_state"] != held[key]:
+            said = f"is finished and was made from another --{key.replace('_', '-')} than there is now"
+            config.fail(str(path.parent), said, "choose another --out")
+    skipped = known.union(config.HOW_FLAGS)
+    now = json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in skipped}))
     return {
         key: (made.get(key), value)
         for key, value in now.items()
@@ -84,17 +93,35 @@ def _changed_flags(args: argparse.Namespace, path: Path) -> dict[str, tuple[Any,
     }
 
 
-def take(args: argparse.Namespace, rank: int, device: torch.device) -> Any:
+def contents(args: argparse.Namespace) -> dict[str, str]:
+    """A hash of what the files hold that flags name, by flag, for directories of models and files of rows: a
+    run of the same is the same, wherever they lie. Folders of rows, and what is on a hub, go by their names.
+    Raises OSError."""
+    found = {}
+    for key in ("model", "reference", "lora_from"):
+        if (name := getattr(args, key, None)) and Path(name).is_dir():
+            kinds = (".json", ".jinja", ".safetensors")
+            found[key] = files.fingerprint(path for path in Path(name).iterdir() if path.suffix in kinds)
+    if all(Path(name).is_file() for name in args.data):
+        found["data"] = " ".join(files.fingerprint([Path(name)]) for name in args.data)
+    return found
+
+
+def take(args: argparse.Namespace, rank: int, device: torch.device, need: int = 0) -> Any:
     """Take the run directory, before anything in it is changed: made, and locked by rank 0 as long as the
-    returned file lives; what killed runs left in it is removed.
+    returned file lives; what killed runs left in it is removed. A checkpoint takes `need` bytes.
 
     Raises ValueError or OSError if it cannot be written, another run holds it, or some ranks do not see what
-    rank 0 writes there.
+    rank 0 writes there; before it is made if `room` refuses.
     """
     out = Path(args.out)
     lock, token = None, secrets.randbits(60)
     if rank == 0:
+        if need and not out.exists():
+            room(args, need)
         out.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(out / ".lock") and not (out / ".lock").is_file():
+            raise ValueError(f"{out / '.lock'}: not a file")
         lock = open(out / ".lock", "a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,12 +149,13 @@ def begin(
     """The first words of a run that goes on at `start`: its flags, its log up to there, its status. Says what
     a checkpoint needs. Stops the run if the weights are not finite, or not one checkpoint fits where there
     shall be some."""
-    skipped = 0
+    skipped, LOST["rows"] = 0, 0
     with config.user_errors():
         check_weights(model, f"step-{start}")
         if rank == 0:
-            config.tell(room(args, Path(args.out), checkpoint.size(model, extra)))
-            flags = {key: value for key, value in vars(args).items() if value is not None}
+            config.tell(room(args, checkpoint.size(model, extra)))
+            held = {f"{key}_state": value for key, value in contents(args).items()}  # no flags: config.py
+            flags = {key: value for key, value in vars(args).items() if value is not None} | held
             skipped = rewind_log(args.out, start)
             config.write_json(Path(args.out) / "args.json", flags)
     write_status(args, rank, "running", start, skipped=skipped)
@@ -135,9 +163,12 @@ def begin(
     signals.wait()
 
 
-def room(args: argparse.Namespace, place: Path, need: int) -> str:
-    """What is free on the disk of a place, and what one checkpoint needs. Raises ValueError if not one fits
-    where there shall be some."""
+def room(args: argparse.Namespace, need: int) -> str:
+    """What is free on the disk of --out, which need not be there yet, and what one checkpoint needs, in
+    bytes. Raises ValueError if not one fits where there shall be some."""
+    place = Path(args.out).absolute()
+    while not place.exists():
+        place = place.parent
     free = shutil.disk_usage(place).free
     said = f"{args.out} has {free / 1e9:.2g} GB free, one checkpoint needs about {need / 1e9:.2g} GB"
     if args.save_every and free < need:
@@ -161,7 +192,7 @@ def save(
         check_weights(model, f"after step {step - 1}")
     problem = checkpoint.save(args.out, step, model, optimizer, made, args.keep_last, extra)
     if problem and rank == 0:
-        print(f"warning: no checkpoint at step {step}: {problem}; going on", file=sys.stderr, flush=True)
+        _warn(f"no checkpoint at step {step}: {problem}; going on")
     write_status(args, rank, "running", step, f"no checkpoint at step {step}: {problem}" if problem else "")
     return problem
 
@@ -201,23 +232,24 @@ def failing(args: argparse.Namespace, rank: int, step: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        write_status(args, rank, "failed", step, str(error))
-        config.fail(str(error))
+        said = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        write_status(args, rank, "failed", step, said)
+        config.fail(said)
 
 
 def write_status(
     args: argparse.Namespace, rank: int, state: str, step: int, reason: str = "", skipped: int | None = None
 ) -> None:
     """status.json of the run: running, saved, done or failed, at which optimiser step that was written, why,
-    the newest checkpoint, and how many steps were skipped (None: as many as it says). Where the disk is full
-    the old one stays."""
+    the newest checkpoint, how many steps were skipped (None: as many as it says), and how many rows this
+    process could not log. Where the disk is full the old one stays."""
     if rank == 0:
         status = {"state": state, "step": step, "time": time.time()}
         with contextlib.suppress(OSError, ValueError):
-            old = json.loads((Path(args.out) / "status.json").read_text(encoding="utf-8"))
+            old = files.read_json(Path(args.out) / "status.json")
             skipped = old.get("skipped", 0) if skipped is None else skipped
-        status |= {"skipped": skipped} if skipped else {}
-        status |= {"reason": reason} if reason else {}
+        told = {"skipped": skipped, "lost_rows": LOST["rows"], "reason": reason}
+        status |= {key: value for key, value in told.items() if value}
         saved = checkpoint.complete(args.out)
         status |= {"last_checkpoint": saved[0].name} if saved else {}
         with contextlib.suppress(OSError):
@@ -228,8 +260,8 @@ def _report_lost(args: argparse.Namespace, reason: str) -> None:
     """Of a run that ends because a rank is lost, by whichever rank is left."""
     with contextlib.suppress(OSError, ValueError):
         path = Path(args.out) / "status.json"
-        status = json.loads(path.read_text(encoding="utf-8"))
-        if status["state"] == "running":  # else a rank that failed by itself has said why
+        status = files.read_json(path)
+        if status.get("state") == "running":  # else a rank that failed by itself has said why
             config.write_json(path, status | {"state": "failed", "time": time.time(), "reason": reason})
 
 
@@ -260,7 +292,7 @@ def skips(
     said = f"step {step} skipped, {skipped} of at most {args.skip_non_finite}: {reason}"
     write_status(args, rank, "running", step, said, skipped)
     if rank == 0:
-        print(f"warning: {said}", file=sys.stderr, flush=True)
+        _warn(said)
         numbers |= {"skipped": skipped, "time": time.time()}
         log_row(args.out, {"split": "train", "step": step} | numbers)
     return True
@@ -284,12 +316,28 @@ def _first_not_finite(
     return ""
 
 
+def _warn(text: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may go to the disk that is full
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def log_row(out: str | Path, row: dict[str, Any]) -> None:
     """Append one line to metrics.jsonl; a number that is not finite becomes the string JSON has no number
-    for."""
+    for. A line that cannot be written whole is not written at all and costs nothing but itself: the first of
+    them a warning, and status.json counts them."""
     plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(plain) + "\n")
+    path, rest = Path(out) / "metrics.jsonl", (json.dumps(plain) + "\n").encode()
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab", buffering=0) as file:  # a full disk takes a part of what is written
+            while rest:
+                rest = rest[file.write(rest) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)
+        LOST["rows"] += 1
+        if LOST["rows"] == 1:
+            _warn(f"{path}: a row is lost: {error.strerror or error}; going on, status.json counts them")
 
 
 def write_row(args: argparse.Namespace, rank: int, total: int, row: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@
     state                changes when a scorer may have changed
     lower_tail           the mean of the worst scores
 
-A scorer is a function: examples of one answer each in, for each a score, higher is better, or the reason why
-there is none. By its name it is
+A scorer is a function: examples of one answer each in, and the ids of the answers; for each a score, higher
+is better, or the reason why there is none. By its name it is
 
     DIRECTORY, org/name    a classifier of transformers: the logit of a reward model, or the log-probability
                            of one label
@@ -29,6 +29,7 @@ import numbers
 import os
 import re
 import sys
+import traceback
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -47,7 +48,7 @@ import loading
 import values
 from formats import Example, Fault
 
-Scorer = Callable[[Sequence[Example]], list[float | str]]
+Scorer = Callable[[Sequence[Example], Sequence[str]], list[float | str]]  # of examples and of their ids
 PART = 128  # answers scored between two writes; batches are made within them
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 RANDOM = "its scores would be random"
@@ -61,6 +62,7 @@ class Prompt(NamedTuple):
     example: Example  # the prompt and the answers, with the scores of the data
     text: str | None = None  # the prompt, where the data has a string; None: it has turns
     subset: str = ""  # what the row says under that key
+    places: Sequence[str] = ()  # of the answers: file:line
 
 
 # ---- answers
@@ -97,7 +99,7 @@ def _answered(sources: Sequence[str], split: str, left_out: Counter) -> Iterator
         said = (source, sampled and name, found.prompt, found.rendering)
         key = str(number) if alone else json.dumps(said, default=repr)
         subset = row.get("subset") if isinstance(row.get("subset"), str) else ""
-        yield key, Prompt(name, ids, found, _prompt_text(found, row), subset)
+        yield key, Prompt(name, ids, found, _prompt_text(found, row), subset, [found.where] * count)
 
 
 def _rows(source: str, split: str) -> Iterator[tuple[str, Example | Fault | str, dict[str, Any]]]:
@@ -128,7 +130,8 @@ def _joined(rows: list[Prompt]) -> Prompt:
         scores=[score for example in examples for score in example.scores],
         labelled=all(example.labelled for example in examples),
     )
-    return rows[0]._replace(ids=[id for row in rows for id in row.ids], example=whole)
+    ids, places = ([it for row in rows for it in getattr(row, name)] for name in ("ids", "places"))
+    return rows[0]._replace(ids=ids, example=whole, places=places)
 
 
 def chunks(found: Iterable[Prompt]) -> Iterator[list[Prompt]]:
@@ -146,13 +149,14 @@ def chunks(found: Iterable[Prompt]) -> Iterator[list[Prompt]]:
 
 def score(chunk: Sequence[Prompt], scorer: Scorer) -> list[list[float | str]]:
     """For each prompt the scores of its answers, a reason in the place of one that cannot be had. Raises
-    ValueError, with the id of the answer, for a score that is not a finite number."""
+    ValueError, with the place and the id of the answer, for a score that is not a finite number, or where a
+    function of the user's raises."""
     single = [
-        prompt.example._replace(completions=[answer], scores=[0.0], where=id)
+        prompt.example._replace(completions=[answer], scores=[0.0], where=place)
         for prompt in chunk
-        for id, answer in zip(prompt.ids, prompt.example.completions)
+        for place, answer in zip(prompt.places, prompt.example.completions)
     ]
-    found = iter(scorer(single))
+    found = iter(scorer(single, [id for prompt in chunk for id in prompt.ids]))
     return [[next(found) for _ in prompt.ids] for prompt in chunk]
 
 
@@ -222,24 +226,39 @@ def _specification(module: str) -> Any:
         return importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of a package around it
         return None
+    except Exception as error:  # of the code of that package
+        raise ValueError(f"--by {module}: {_raised(error)}") from error
+
+
+def _raised(error: Exception) -> str:
+    """What code that is the user's own has raised, and where in it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f" (in {Path(last.filename).name}:{last.lineno})" * (not last.filename.startswith("<"))
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
 def _function(name: str) -> Scorer:
     module, _, attribute = name.partition(":")
     if _specification(module) is None:
         raise ValueError(f"--by {name}: no module {module} in this folder or on Python's path")
-    function = getattr(importlib.import_module(module), attribute, None)
+    try:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:
+        raise ValueError(f"--by {name}: {_raised(error)}") from error
     if not callable(function):
         raise ValueError(f"--by {name}: no function {attribute} in {module}")
 
-    def scores(examples: Sequence[Example]) -> list[float | str]:
+    def scores(examples: Sequence[Example], ids: Sequence[str]) -> list[float | str]:
         found = []
-        for example in examples:
-            answer = example.completions[0]
+        for example, id in zip(examples, ids):
+            answer, where = example.completions[0], f"{example.where}: answer {id}: {name}"
             turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-            value = function([*example.prompt, *turns[:-1]], turns[-1]["content"])
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f"{example.where}: {name} gave {value!r} (a finite number)")
+            try:
+                value = function([*example.prompt, *turns[:-1]], turns[-1]["content"])
+            except Exception as error:
+                raise ValueError(f"{where}: {_raised(error)}") from error
+            if not isinstance(value, numbers.Real) or not abs(value) <= sys.float_info.max:
+                raise ValueError(f"{where} gave {values.shown(value)} (a finite number)")
             found.append(float(value))
         return found
 
@@ -258,7 +277,7 @@ def _classifier(args: argparse.Namespace) -> Scorer:
     template = _template(args, tokenizer, classifier.config)
     limit = _longest(args, tokenizer, classifier.config)
 
-    def scores(examples: Sequence[Example]) -> list[float | str]:
+    def scores(examples: Sequence[Example], ids: Sequence[str]) -> list[float | str]:
         found = [_ids(example, tokenizer, template, limit) for example in examples]
         order = [index for index, ids in enumerate(found) if not isinstance(ids, str)]
         order.sort(key=lambda index: len(found[index]))  # little padding
@@ -266,7 +285,8 @@ def _classifier(args: argparse.Namespace) -> Scorer:
             batch = order[first : first + args.batch_size]
             for index, value in zip(batch, _logits(classifier, [found[index] for index in batch], label)):
                 if not math.isfinite(value):
-                    raise ValueError(f"{examples[index].where}: {args.by} gave {value} (a finite number)")
+                    where = f"{examples[index].where}: answer {ids[index]}"
+                    raise ValueError(f"{where}: {args.by} gave {value} (a finite number)")
                 found[index] = value
         return found
 

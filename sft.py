@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = vars(args) | {"data_digest": train.digest} | lora.record(policy, args)
     with config.user_errors():
         final_dtype = export.prepare(args)
-        lock = rundir.take(args, rank, device)  # noqa: F841  held until the process ends
+        lock = rundir.take(args, rank, device, checkpoint.size(policy))  # noqa: F841  held to the end
         start = checkpoint.resume(
             args.out, args.resume, policy, optimizer, made, config.FREE_FLAGS, device, {}, total
         )

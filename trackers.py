@@ -16,6 +16,7 @@ again: tensorboard hides the old ones, in wandb they are points of the same step
 
 import argparse
 import atexit
+import contextlib
 import importlib.util
 import json
 import os
@@ -57,8 +58,11 @@ def start(args: argparse.Namespace, rank: int, step: int) -> None:
         return
     out = Path(args.out)
     kept, log = out / "run_id", out / "metrics.jsonl"
-    if step == 0 or not kept.exists():
-        kept.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    try:
+        if step == 0 or not kept.exists():
+            kept.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    except OSError as error:
+        return _warn(" ".join(args.log_to), f"{kept}: {error.strerror or error}")
     offset = log.stat().st_size if log.exists() else 0
     started = {}
     for name in dict.fromkeys(args.log_to):
@@ -81,7 +85,9 @@ def _end(started: dict[str, subprocess.Popen]) -> None:
 
 
 def _warn(name: str, what: str) -> None:
-    print(f"warning: --log-to {name}: {' '.join(what.split())}; metrics.jsonl has every row", file=sys.stderr)
+    said = f"warning: --log-to {name}: {' '.join(what.split())}; metrics.jsonl has every row"
+    with contextlib.suppress(OSError):  # stderr may go to a disk that is full
+        print(said, file=sys.stderr)
 
 
 # ---- on the side of the tracker

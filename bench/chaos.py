@@ -5,8 +5,8 @@ nothing had happened?
 
 Each training runs undisturbed once, then again with faults (FAULTS), two to five of them, each followed by
 the same command. Compared at its end: every file of final/, every tensor of the last checkpoint (weights,
-AdamW, random states), the rows of metrics.jsonl but for what a clock or the memory says. Exit code 1 on a
-difference.
+AdamW, random states), the rows of metrics.jsonl but for what a clock or the memory says. A full disk may cost
+the last checkpoint and rows, which are counted. Exit code 1 on a difference.
 
 Imports dominate so small a run: this process has made them, and ranks are forked from it and joined by hand.
 Where the fault is one of torchrun's, it is a real torchrun that starts them.
@@ -36,6 +36,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 import torch  # noqa: E402
 
 import align  # noqa: E402
+import checkpoint  # noqa: E402
 import fsdp  # noqa: E402
 import metadata  # noqa: E402
 import sft  # noqa: E402
@@ -268,7 +269,7 @@ def outcome(out: Path) -> dict[str, str]:
         found |= {f"{step.name} {name}": digest(v.numpy().tobytes()) for name, v in sorted(state.items())}
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     kept = [{key: value for key, value in row.items() if not key.endswith(CLOCKED)} for row in lines]
-    return found | {f"row {k}": json.dumps(row, sort_keys=True) for k, row in enumerate(kept)}
+    return found | {f"row {row['step']} {row['split']}": json.dumps(row, sort_keys=True) for row in kept}
 
 
 def digest(content: bytes) -> str:
@@ -310,16 +311,20 @@ def main() -> None:
                 break
         ended = end(fork(argv, ranks, log), True) and ended
         found, should = outcome(out) if (out / "final").exists() else {}, wanted[kind, ranks]
-        lost = f"warning: no checkpoint at step {STEPS}" in log.read_text()  # for the disk was full
-        if lost and not (out / f"step-{STEPS}").exists():
-            should = {name: value for name, value in should.items() if not name.startswith(f"step-{STEPS} ")}
+        lost = []  # what a full disk may cost: the last checkpoint, and rows of the log
+        if any(told.startswith("full disk") for told in story):
+            lost = [name for name in should if name.startswith(("row ", f"step-{STEPS} ")) and name not in found]
+        should = {name: value for name, value in should.items() if name not in lost}
         other = sorted(name for name in {*found, *should} if found.get(name) != should.get(name))
         said = "equal" if not other else f"{len(other)} differ, first {other[0]}" if found else "not finished"
         said += "" if ended else ", a process hung"
-        peers = any(" one" in told or "torchrun's" in told for told in story)  # who lost one says how
+        # who lost one says how, and torchrun how it was told
+        peers = any(" one" in told or "torchrun" in told for told in story)
         said += ", a traceback" if "Traceback" in log.read_text() and not peers else ""
         wrong += said != "equal"
-        print(f"| {kind} | {ranks} | {'; '.join(story)} | {said} |", flush=True)
+        rows_lost = sum(name.startswith("row ") for name in lost)
+        but = f", but for {rows_lost} rows" * bool(rows_lost and found)
+        print(f"| {kind} | {ranks} | {'; '.join(story)} | {said}{but} |", flush=True)
         if said == "equal":
             shutil.rmtree(out, ignore_errors=True)
     told = ", ".join(f"{count} x {name}" for name, count in done.most_common())

@@ -302,6 +302,21 @@ def test_finished_run_of_other_flags(case, root, finished, tmp_path, refused):
     refused(align, argv, out, *(word.format(root=root) for word in words))
 
 
+def test_a_finished_run_is_known_by_what_its_flags_name(root, finished, tmp_path, refused, capfd):
+    # red: contents without model, or without data; `skipped` without them: their paths differ
+    moved = tmp_path / "moved"
+    shutil.copytree(root / "model", moved / "model")
+    shutil.copy(root / "pairs.jsonl", moved)
+    out, argv = copied(finished, tmp_path / "run")
+    argv += ["--model", str(moved / "model"), "--data", str(moved / "pairs.jsonl")]
+    assert exit_code(align.main, argv) == 0 and "nothing to do" in capfd.readouterr().out
+    (moved / "pairs.jsonl").write_bytes((moved / "pairs.jsonl").read_bytes().replace(b"a", b"b"))
+    refused(align, argv, out, "is finished and was made from another --data than there is now", "another --out")
+    shutil.copy(root / "pairs.jsonl", moved)
+    (moved / "model" / "config.json").write_text((root / "wide" / "config.json").read_text())
+    refused(align, argv, out, "was made from another --model than there is now")
+
+
 def test_finished_run_without_a_checkpoint(finished, tmp_path, refused):
     out, argv = copied(finished, tmp_path / "run")
     for step in out.glob("step-*"):

@@ -483,6 +483,61 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(root, tmp_path, capfd):
     assert {"step-1", "step-2"} <= set(names(out))
 
 
+def test_a_row_that_does_not_fit_costs_nothing_but_itself(root, tmp_path, monkeypatch, capfd):
+    # red: log_row without its except, or without os.truncate; the warning at every row; show without its except
+    out = tmp_path / "run"
+    argv = command(root, out, "--steps", "6", "--eval-data", root / "pairs.jsonl", "--eval-every", "1")
+    real, rows, sizes = rundir.log_row, [], []
+
+    def log_row(place, row):
+        path = out / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        rows.append((row["split"], row["step"]))
+        full = row["step"] in (2, 3)
+        with limited(size + 50 if full else resource.RLIM_INFINITY):  # a part of the row fits, as on a disk
+            real(place, row)
+        sizes.append(path.stat().st_size)
+        assert not full or sizes[-1] == size
+
+    monkeypatch.setattr(rundir, "log_row", log_row)
+    assert exit_code(align.main, argv) is None
+    said = capfd.readouterr().err
+    assert said.count("a row is lost: File too large; going on") == said.count("warning") == 1
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["step"]) for row in found] == [row for row in rows if row[1] not in (2, 3)]
+    assert status(out)["state"] == "done" and status(out)["lost_rows"] == len(rows) - len(found) == 4
+
+
+def test_what_is_said_and_sampled_on_a_full_disk_costs_nothing_but_itself(root, tmp_path, monkeypatch):
+    # red: show without its except; tell, or _warn, without OSError
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = command(root, out, "--steps", "2", "--eval-data", root / "pairs.jsonl", "--sample-prompts", "1")
+    whole, export, disk = rundir.begin, align.export.export, limited(1)
+
+    def begin(*args):
+        whole(*args)
+        (out / "samples").touch()  # where a folder should be made
+        monkeypatch.setattr(align.export, "save_tokenizer", lambda *rest: None)
+        disk.__enter__()
+
+    def room(*args):
+        disk.__exit__()
+        monkeypatch.undo()
+        return export(*args)
+
+    with open(log, "w") as file:
+        for name, value in ((rundir, "begin"), begin), ((align.export, "export"), room):
+            monkeypatch.setattr(*name, value)
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "stderr", file)
+        try:
+            assert exit_code(align.main, argv) is None
+        finally:
+            disk.__exit__()
+    assert status(out)["state"] == "done" and status(out)["lost_rows"] == 4
+    assert (out / "final").is_dir() and not (out / "samples").is_dir()
+
+
 @pytest.mark.parametrize("limit, place", [(LIMIT // 2, "final"), (LIMIT // 4, "tokenizer")])
 def test_what_does_not_fit_is_one_line(root, tmp_path, limit, place, capfd):
     # red: SafetensorError not caught; failing without write_status; save_tokenizer without its except
@@ -494,12 +549,14 @@ def test_what_does_not_fit_is_one_line(root, tmp_path, limit, place, capfd):
 
 
 def test_a_disk_on_which_no_checkpoint_fits(root, tmp_path, monkeypatch, capfd):
-    # red: begin without its comparison; a comparison without --save-every
+    # red: begin without its comparison; a comparison without --save-every; take without room, or after mkdir
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 10**6))
     argv = command(root, tmp_path / "run", "--steps", "1")
     said = f"{tmp_path / 'run'} has 0.003 GB free, one checkpoint needs about 0.0032 GB"
-    refuses(capfd, align.main, [*argv, "--save-every", "1"], said)
+    for script in (align, sft):
+        refuses(capfd, script.main, [*argv, "--save-every", "1"], said)
+        assert not (tmp_path / "run").exists()
     assert exit_code(align.main, argv) is None and said in capfd.readouterr().out
 
 
@@ -531,6 +588,28 @@ def test_a_kill_while_pruning_leaves_no_half_of_a_checkpoint(run, monkeypatch):
     assert not (run / "step-1").exists()
     checkpoint.remove_leftovers(run)
     assert not [name for name in names(run) if "removed" in name]
+
+
+@pytest.mark.parametrize("kind", ["status", "final", "final a folder", "link", "tokenizer"])
+def test_what_lies_in_a_run_directory_is_of_another_kind(root, run, kind, capfd):
+    # red: write_status with json.loads; check_run without its look at final/; _check_target without lexists
+    argv = command(root, run, "--steps", "3", "--resume", "auto")
+    if kind == "status":
+        (run / "status.json").unlink()
+        (run / "status.json").symlink_to("/dev/zero")  # would be read for ever
+        assert exit_code(align.main, argv) is None and status(run)["state"] == "done"
+        return
+    place = run / ("tokenizer" if kind == "tokenizer" else "final")
+    shutil.rmtree(place, ignore_errors=True)
+    place.symlink_to("final") if kind == "link" else place.mkdir() if "folder" in kind else place.touch()
+    refuses(capfd, align.main, argv, f"error: {place}: ")
+
+
+def test_the_flag_that_says_most_is_named(root, run, capfd):
+    # red: _compare by name alone (--beta None); the digests before the flags
+    more = ["--steps", "3", "--resume", "auto"]
+    for changed in (["--loss", "ipo"], ["--max-length", "60"], ["--weights", "random"]):
+        refuses(capfd, align.main, command(root, run, *more, *changed), f"was made with {changed[0]} ")
 
 
 PATHS = {

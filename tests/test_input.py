@@ -262,6 +262,9 @@ FLAGS = {
     "long out": (["--out", "c" * 300], "--out", "too long"),
     "long template": (["--chat-template", "d" * 300], "--chat-template", "too long"),
     "no model": (["--model", "run/finall"], "run/finall: no such model directory"),
+    "no model in runs/": (["--model", "runs/x"], "runs/x: no such model directory"),
+    "no data in runs/": (["--data", "runs/x"], "runs/x: no such file or directory"),
+    "data in a file": (["--data", "pairs.jsonl/x"], "pairs.jsonl/x: no such file or directory"),
     "no model in ~": (["--model", "~/x"], "~/x: no such model directory"),
     "model a file": (["--model", "pairs.jsonl"], "pairs.jsonl: not a model directory but a file"),
     "reference": (["--reference", "run/none"], "run/none: no such model directory"),
@@ -277,7 +280,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("case", FLAGS)
 def test_a_flag_is_refused(case, place, refused):
-    # red: number without its bounds; options without the first part of a path
+    # red: number without its bounds; looks_local without FOLDERS, or without the first part of a path
     extra, *words = FLAGS[case]
     (place / "empty").mkdir()
     (place / "loop").symlink_to("loop")
@@ -339,6 +342,8 @@ ROWS = {
     "no gzip": ("a.jsonl.gz", PAIR, "a.jsonl.gz"),
     "no parquet": ("a.parquet", PAIR, "a.parquet"),
     "nested": ("a.jsonl", DEEP, "a.jsonl:1: not JSON"),
+    "a key twice": ("a.jsonl", PAIR + '{"prompt": "a", "prompt": "b"}', "a.jsonl:2: not JSON (the key 'prompt' stands there twice"),
+    "a key of the first twice": ("a.json", '{"prompt": "a", "prompt": "b"}', "a.json:1: the key 'prompt' stands there twice"),
     "digits": ("a.jsonl", '{"prompt": "a", "weight": ' + DIGITS + "}", "a.jsonl:1"),
     "a large weight": ("a.jsonl", PAIR + PAIR.replace("}", ', "weight": 1e18}'), 'a.jsonl:2: "weight" must be >= 0 and <= 1e+06'),
     "binary": ("a.jsonl", bytes(range(256))[::-1], "a.jsonl:1"),
@@ -348,12 +353,12 @@ ROWS = {
 
 @pytest.mark.parametrize("case", ROWS)
 def test_rows_are_refused(case, place, refused):
-    # red: MAX_ROW = 2**40; zlib.error not caught; the weight without its bound
+    # red: DECODER without _once; _first_object without its look at the key; MAX_ROW = 2**40; zlib.error not caught; the weight without its bound
     name, content, *words = ROWS[case]
     write(name, content)(place)
     for script in ("align", "preview"):
         refused(*train("--data", name, script=script), place, *words)
-    if case != "a large weight":  # of a second row: sample.py answers the first meanwhile
+    if case not in ("a large weight", "a key twice"):  # of a second row: sample.py answers the first meanwhile
         refused("sample", ["--model", "model", "--data", name, "--out", "o.jsonl"], place, name)
     refused("judge", ["--data", name, "--against", "pairs.jsonl"], place, name)
 
@@ -471,6 +476,20 @@ def test_what_plot_cannot_draw_is_refused(case, place, refused):
     refused("plot", argv, place, *words)
 
 
+def test_what_is_wrong_with_a_model_of_any_name(place, refused):
+    # red: one_line with `path in what`; no PanicException there; an export that warns
+    shutil.copytree(place / "model", place / "m")
+    edit("config.json", model_type="x", auto_map=CUSTOM)(place / "m")
+    refused(*train("--model", "m"), place, "error: m: needs code of its own")
+    shutil.rmtree(place / "m")
+    shutil.copytree(place / "model", place / "m")
+    edit("config.json", intermediate_size=16)(place / "m")
+    refused(*train("--model", "m"), place, "(first: model.layers.0.mlp.down_proj.weight)\n")
+    with pytest.raises(ValueError, match="m: range end"), loading.one_line("m"):
+        raise type("PanicException", (BaseException,), {})("range end")
+    refused("export", ["run/step-1", "/proc/out"], place, "/proc")
+
+
 # ---- the other scripts
 
 
@@ -562,6 +581,16 @@ def test_check_of_adapters_asks_for_no_model_named_base(place, capfd):
     # red: _models with --reference whatever shares the policy: a hub is asked for "base"
     argv = train("--check", "--lora-rank", "2", "--reference", "base")[1]
     assert exit_code(align.main, argv) is None, capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "4"], ["--loss", "ppo", "--lora-rank", "4"]], ids=" ".join)
+def test_check_says_what_a_checkpoint_takes(flags, place, capfd):
+    # red: report without lora.numbers, or without critic
+    said = []
+    for more in (["--check"], ["--save-every", "1"]):
+        assert exit_code(align.main, train(*flags, *more)[1]) is None
+        said.append(re.search(r"one checkpoint needs about [0-9.e-]+ GB", capfd.readouterr().out)[0])
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("case", CHECKS)

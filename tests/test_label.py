@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,10 @@ def shown(prompt, completion):
     return len(prompt) * 100 + len(completion)
 
 def broken(prompt, completion):
-    return {"nan": float("nan"), "word": "good"}.get(completion, 1)
+    return {"nan": float("nan"), "word": "good", "digits": 10**400}.get(completion, 1)
+
+def raises(prompt, completion):
+    return {}[completion] if completion == "d" else 1.0
 '''
 
 
@@ -256,6 +260,27 @@ def test_a_function_gets_turns_and_text(root, tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_function_that_raises_is_one_line(root, tmp_path):
+    # red: _function without its except; the id of the prompt's first answer; parts.undone left out
+    answers = [{"prompt": "a", "completion": text} for text in "bcd"]
+    file, out = write_rows(tmp_path / "rows.jsonl", answers), tmp_path / "out.jsonl"
+    flags = ["--by", "label_rules:raises", "--data", file]
+    wanted = f"error: {file}:3: answer 2-0: label_rules:raises: KeyError: 'd' (in label_rules.py:18)\n"
+    assert said(label.main, *flags, "--out", out)[::2] == (2, wanted)
+    assert said(label.main, *flags, "--score-only")[::2] == (2, wanted)
+    assert said(judge.main, *flags, "--against", file, "--out", tmp_path / "o.json")[::2] == (2, wanted)
+    (root / "label_broken.py").write_text("import json\njson.loads('{')\n")
+    code, _, err = said(label.main, "--by", "label_broken:f", "--data", file, "--out", out)
+    assert code == 2 and err.startswith("error: --by label_broken:f: JSONDecodeError: ") and err.count("\n") == 1
+    (root / "label_syntax.py").write_text("def f(:\n")
+    code, _, err = said(label.main, "--by", "label_syntax:f", "--data", file, "--out", out)
+    assert code == 2 and re.fullmatch(r"error: --by label_syntax:f: SyntaxError: .+ line 1\)\n", err)
+    write_rows(file, [{"prompt": "a", "completion": "digits"}])
+    code, _, err = said(label.main, "--by", "label_rules:broken", "--data", file, "--out", out)
+    assert code == 2 and err.endswith("00 (a finite number)\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 ERRORS = {
     "no directory": (["--by", "./none"], "./none: no such model directory"),
     "a language model": (["--by", "lm"], "lm: not a classifier but LlamaForCausalLM: its scores would be random"),
@@ -270,8 +295,8 @@ ERRORS = {
     "no module": (["--by", "label_none:f"], "--by label_none:f: no module label_none"),
     "no function": (["--by", "label_rules:none"], "--by label_rules:none: no function none in label_rules"),
     "label of a function": (["--by", "label_rules:slow", "--label", "A"], "--label: --by label_rules:slow is no"),
-    "nan": (["--by", "label_rules:broken", "--data", "nan.jsonl"], "5-1: label_rules:broken gave nan (a finite"),
-    "a word": (["--by", "label_rules:broken", "--data", "word.jsonl"], "5-1: label_rules:broken gave 'good'"),
+    "nan": (["--by", "label_rules:broken", "--data", "nan.jsonl"], "nan.jsonl:1: answer 5-1: label_rules:broken gave NaN (a finite"),
+    "a word": (["--by", "label_rules:broken", "--data", "word.jsonl"], 'word.jsonl:1: answer 5-1: label_rules:broken gave "good"'),
     "no data": (["--by", "rm", "--data", "none.jsonl"], "none.jsonl: no such file or directory"),
     "no answer": (["--by", "rm", "--data", "asked.jsonl"], "asked.jsonl: no answer in it (1 it has no answer)"),
     "nothing named": ([], "--by must be given"),
