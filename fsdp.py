@@ -294,7 +294,7 @@ def not_finite(model: nn.Module) -> list[str]:
 
 
 def piece(shape: Sequence[int], rank: int) -> tuple[slice, ...]:
-    """What `shard` gives to a rank of a tensor of this shape: equal parts of an axis, the last of them less."""
+    """What `shard` gives to a rank of a tensor of this shape: equal parts of an axis, the last less."""
     axis, world_size = split_axis(shape, ranks()[1]), ranks()[1]
     each = -(-shape[axis] // world_size)
     own = slice(min(rank * each, shape[axis]), min((rank + 1) * each, shape[axis]))

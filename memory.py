@@ -1,8 +1,8 @@
 """The plan before the run: memory a rank, tokens, FLOPs, time, disk and GPUs, by arithmetic alone.
 
-    python memory.py                       how big can one go: a Markdown table, computed
     python align.py ... --plan             of one run, and end; a config.json is enough, no data are read
     python align.py ... --plan 0.3 --gpus 8 --memory 80      on 8 GPUs of 80 GB, at 30 % of their peak rate
+    python bench/how_big.py                how big can one go: a table
 
     body      a configuration -> Body: shapes of weights, and what a token costs, of a model on no device
     need      Body, Run -> bytes of a rank by part, at the moment that takes most
@@ -31,7 +31,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import config
@@ -52,15 +52,6 @@ CARDS = {24: ("RTX 4090", 165), 40: ("A100", 312), 80: ("H100", 989), 141: ("H20
 MOST_RANKS = 1024
 SHARE = 0.5  # of the tokens that are trained, where no data say it
 ROW_BYTES = 5  # of a token in --token-cache: its id and whether it is trained
-# The shapes of Llama 3 and of what is built like it.
-SHAPE = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-SIZES = {
-    "1B": (2048, 8192, 16, 32, 8, 128256), "3B": (3072, 8192, 28, 24, 8, 128256),
-    "8B": (4096, 14336, 32, 32, 8, 128256), "14B": (5120, 17408, 40, 40, 8, 151936),
-    "32B": (5120, 25600, 64, 64, 8, 151936), "70B": (8192, 28672, 80, 64, 8, 128256),
-}  # fmt: skip
-TIED = ("1B", "3B")  # embedding and head are one matrix
-RANKS = (1, 8, 16, 64)
 TWINS = ("live", "adapters", "hidden")  # references whose states meet the head
 # The adapters that are advised, and those of the table.
 ADAPTERS = {
@@ -194,7 +185,7 @@ def _bytes(value: Tensor) -> int:
 
 
 def numbers(weights: Sequence[Weight], ranks: int = 1) -> int:
-    """Of the weights' shards on one rank, as fsdp.shard makes them: an axis in equal pieces, the last padded."""
+    """Of the weights' shards on one rank, as fsdp.shard makes them: equal pieces, the last padded."""
     return sum(_shard(weight.shape, ranks) for weight in weights)
 
 
@@ -271,10 +262,11 @@ def _head(body: Body, run: Run) -> float:
     rows, width = body.head
     matrix = 4.0 * rows * width
     wide = matrix * (run.size < 4 and not run.cuda)  # the fp32 copy of its weights
-    chunk = 4.0 * rows * min(run.tokens, max(16, vocab.CHUNK_BYTES // (4 * rows)))
+    room = vocab.CUDA_CHUNK_BYTES if run.cuda else vocab.CHUNK_BYTES
+    chunk = 4.0 * rows * min(run.tokens, max(16, room // (4 * rows)))
     twins = run.reference in TWINS
-    tiles = 6 * vocab.TILE_BYTES
-    total = matrix * body.head_trained * (1 + run.cuda)  # on CUDA a product is made before it is added
+    tiles = 6 * (vocab.CUDA_TILE_BYTES if run.cuda else vocab.TILE_BYTES)
+    total = matrix * body.head_trained
     forward = (1 + twins) * (wide + chunk)
     backward = (1 + run.drift) * (wide + chunk) + total + chunk * run.size / 4
     return max(forward, backward) + tiles
@@ -445,39 +437,3 @@ def _gb(parts: dict[str, float]) -> str:
 
 def _listed(parts: dict[str, float]) -> str:
     return " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
-
-
-# ---- how big can one go
-# -----------------------------------------------------------------------------------------------------------
-
-
-def table(tokens: int = 4096) -> str:
-    """Markdown, computed: GB a GPU of each of SIZES by ranks, method and loss, and which cards hold it."""
-    cards = " / ".join(map(str, CARDS))
-    heads = ["model", "trained", "loss", *[f"GB a GPU of {n}" for n in RANKS], f"fewest of {cards} GB"]
-    rows = [heads, ["---"] * len(heads)]
-    for name, sizes in SIZES.items():
-        shape = dict(zip([*SHAPE, "vocab_size"], sizes))
-        shape |= {"tie_word_embeddings": name in TIED, "head_dim": 64 if name == "1B" else 128}
-        settings = LlamaConfig(**shape)
-        settings._attn_implementation = None
-        flags = argparse.Namespace(model="", **ADAPTERS)
-        for adapters in (False, True):
-            adapt = functools.partial(lora.insert, args=flags) if adapters else None
-            whole = body(settings, torch.bfloat16, adapt)
-            for loss, drift in (("dpo", False), ("ra_dpo1", True)):
-                run = Run(tokens, 1, 2, reference="adapters" if adapters else "live", drift=drift, cuda=True)
-                sums = [sum(need(whole, run._replace(ranks=n)).values()) / 1e9 for n in RANKS]
-                least = [str(fewest(whole, run, size) or "-") for size in CARDS]
-                cells = [f"{size:.0f}" for size in sums] + [" / ".join(least)]
-                rows.append([name, "LoRA" if adapters else "all", loss, *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def main() -> None:
-    print("Computed, not measured: micro-batches of 4,096 tokens, bf16, full checkpointing, adapters of rank "
-          f"16, {SPARE:.0%} of a GPU left free.\n\n{table()}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

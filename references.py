@@ -285,7 +285,8 @@ def _fill(
 def _write(cache: Cache, waiting: list[tuple]) -> str:
     """States before log-probabilities, which say that they are there; what went wrong, or an empty string."""
     try:
-        with open(cache.folder / "states", "r+b", buffering=0) as file:  # a full disk kills who writes to a map
+        # not to the map: a full disk would kill the process
+        with open(cache.folder / "states", "r+b", buffering=0) as file:
             for places, _, rows in waiting:
                 if rows is not None:
                     borders = np.flatnonzero(np.diff(places) != 1) + 1  # (runs - 1,)
