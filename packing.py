@@ -282,8 +282,8 @@ def _compare(refusal: str, model: Any, plain: list[Tensor], tolerance: float) ->
     hook = model.lm.get_input_embeddings().register_forward_hook(keep)
     try:
         model.lm.set_attn_implementation(attention.NAME)
-        row = (ids % count, positions, attention.layout(GROUPS))
-        ids, positions, layout = (part.to(head.device) for part in row)
+        here = [part.to(head.device) if isinstance(part, Tensor) else part for part in attention.layout(GROUPS)]
+        ids, positions, layout = (ids % count).to(head.device), positions.to(head.device), attention.Layout(*here)
         states = model(ids, positions, layout, torch.arange(ids.shape[1], device=head.device))  # (T, D)
         _refuse_leaks(states, inputs[0], segments)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
