@@ -282,8 +282,9 @@ def _compare(refusal: str, model: Any, plain: list[Tensor], tolerance: float) ->
     hook = model.lm.get_input_embeddings().register_forward_hook(keep)
     try:
         model.lm.set_attn_implementation(attention.NAME)
-        here = [part.to(head.device) if isinstance(part, Tensor) else part for part in attention.layout(GROUPS)]
-        ids, positions, layout = (ids % count).to(head.device), positions.to(head.device), attention.Layout(*here)
+        row = (ids % count, positions, *attention.layout(GROUPS))
+        ids, positions, *parts = (p.to(head.device) if isinstance(p, Tensor) else p for p in row)
+        layout = attention.Layout(*parts)
         states = model(ids, positions, layout, torch.arange(ids.shape[1], device=head.device))  # (T, D)
         _refuse_leaks(states, inputs[0], segments)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
