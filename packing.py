@@ -51,6 +51,7 @@ class _Segment(NamedTuple):
     prompt: slice  # its group's prompt, which it sees too
 
 
+@torch.enable_grad()  # an export asks for a model without
 def check(
     path: str,
     config: Any,
