@@ -248,11 +248,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         preflight.tell_long(units, args.batch_size, unit, say)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, units, device, say, objective)
-        memory.refuse(args, train.lengths, device, world_size, say, objective)
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32
         policy = model.outline(args.model, masters, *options, reward_model=objective.scores)
+        memory.refuse(args, train.lengths, device, world_size, say, objective)
         same_weights = objective.has_reference and lora.equal_at_start(args)
         shared = lora.shared(args) if objective.has_reference else None
         found = references.find(args, objective, train, evaluated, policy, say)

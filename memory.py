@@ -297,7 +297,7 @@ def add_flags(made: argparse.ArgumentParser) -> None:
     add("--plan", type=config.positive, nargs="?", const=0.4, default=None, metavar="RATE", help=plan)
     add("--gpus", type=config.count, default=None, help="of a plan; None: as many as ranks")
     add("--memory", type=config.positive, default=None, help="GB that a rank has; None: of this machine")
-    add("--yes", type=config.boolean, default=False, help="start even what cannot fit into memory or on a disk")
+    add("--yes", type=config.boolean, default=False, help="start what cannot fit into memory or on a disk")
     # fmt: on
 
 

@@ -172,13 +172,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluated = evaluated.subset(args.eval_examples)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, np.ones(len(train), int), device, say)
-        memory.refuse(args, train.lengths, device, world_size, say, None)
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) else torch.float32
         policy = model.outline(
             args.model, masters, *options, vocabulary=len(tokenizer) * (args.method == "csft")
         )
+        memory.refuse(args, train.lengths, device, world_size, say, None)
         model.check_vocabulary(tokenizer, policy)
         if lora.wanted(args):
             lora.add(policy, args, say)

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIREMENTS = ("torch==2.13.0", "trl==1.16.0")
+REQUIREMENTS = ("torch==2.13.0", "trl==1.16.0", "peft==0.21.2")
 DISK_GB = 8  # what an installation may need
 SEEDS = 6
 TOKENS = 12  # of the longest answer

@@ -44,7 +44,12 @@ ROWS = {
     "dpo, selective": ["--loss", "dpo", "--activation-checkpointing", "selective"],
     "dpo, none": ["--loss", "dpo", "--activation-checkpointing", "none"],
     "dpo, 2 processes": ["--loss", "dpo"],
+    "dpo, cached": ["--loss", "dpo"],
+    "ra_dpo1, cvar, cached": ["--loss", "ra_dpo1", "--risk", "cvar"],
+    "dpo, LoRA": ["--loss", "dpo", "--lora-rank", "16"],
+    "dpo, LoRA, cached": ["--loss", "dpo", "--lora-rank", "16"],
 }
+FILLED: dict[str, float] = {}  # seconds that a cache of reference values took, of the rows that have one
 PROFILED = 5  # the step under the profiler: the ones before it still touch memory for the first time
 # What the profile's operations are for, by their names; the first that matches.
 KINDS = {
@@ -76,25 +81,34 @@ def matmul_seconds(config, tokens: int, trained: int) -> dict[str, float]:  # no
     narrow = config.num_key_value_heads * config.head_dim
     size, inner = config.hidden_size, config.intermediate_size
     block = [(size, wide), (wide, size), (size, narrow), (size, narrow), (size, inner), (size, inner), (inner, size)]
-    forward = backward = 0.0
+    forward = inputs = weights = 0.0
     for before, after in block:
         x, y = (torch.randn(tokens, width, dtype=torch.bfloat16) for width in (before, after))
         w = torch.randn(after, before, dtype=torch.bfloat16)
         forward += config.num_hidden_layers * median_seconds(lambda x=x, w=w: x @ w.t())
-        both = median_seconds(lambda y=y, w=w: y @ w) + median_seconds(lambda x=x, y=y: y.t() @ x)
-        backward += config.num_hidden_layers * both
+        inputs += config.num_hidden_layers * median_seconds(lambda y=y, w=w: y @ w)
+        weights += config.num_hidden_layers * median_seconds(lambda x=x, y=y: y.t() @ x)
     h = torch.randn(trained, size, dtype=torch.bfloat16)
     w = torch.randn(config.vocab_size, size, dtype=torch.bfloat16)
     z = torch.randn(trained, config.vocab_size, dtype=torch.bfloat16)
-    head = 3 * median_seconds(lambda: h @ w.t(), 3)
-    head += median_seconds(lambda: z @ w, 3) + median_seconds(lambda: z.t() @ h, 3)
+    head = {"logits": median_seconds(lambda: h @ w.t(), 3), "head inputs": median_seconds(lambda: z @ w, 3)}
+    head["head weights"] = median_seconds(lambda: z.t() @ h, 3)
     flops = 2 * tokens * sum(before * after for before, after in block) * config.num_hidden_layers
-    return {"body forward": forward, "body backward": backward, "head": head, "rate": flops / forward}
+    body = {"body forward": forward, "inputs": inputs, "weights": weights, "rate": flops / forward}
+    return body | head
 
 
-def bound(parts: dict[str, float], flags: list[str]) -> float:
-    passes = 3 - ("none" in flags) - 0.5 * ("selective" in flags)
-    return passes * parts["body forward"] + parts["body backward"] + parts["head"]
+def head_bound(parts: dict[str, float], label: str) -> float:
+    """The policy's logits twice, the reference's where its states are there, and what is trained."""
+    logits = 2 + (label != "dpo, cached" and label != "dpo, LoRA, cached")
+    return logits * parts["logits"] + parts["head inputs"] + ("LoRA" not in label) * parts["head weights"]
+
+
+def bound(parts: dict[str, float], label: str) -> float:
+    """Without the products of the adapters themselves, which are small."""
+    passes = 3 - ("none" in label) - 0.5 * ("selective" in label) - ("cached" in label)
+    body = passes * parts["body forward"] + parts["inputs"] + ("LoRA" not in label) * parts["weights"]
+    return body + head_bound(parts, label)
 
 
 # ---- the runs
@@ -109,6 +123,12 @@ def run_row(args: argparse.Namespace, label: str, steps: int, *wrapper: str) -> 
         responses = args.pairs * (1 if "dpo" in label else 2)  # kto and ppo count responses
         command += ["--batch-size", str(responses), "--device", "cpu"]
         command += ["--tokens-per-microbatch", str(args.tokens_per_microbatch)]
+        if "cached" in label:
+            command += ["--cache-reference", args.cache]
+            if label not in FILLED:
+                began = time.perf_counter()
+                subprocess.run([*command, "--cache-reference-only", "true"], cwd=ROOT, capture_output=True, check=True)
+                FILLED[label] = time.perf_counter() - began
         env = dict(os.environ)
         if label.endswith("processes"):
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -167,6 +187,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="also write the output here")
     args = parser.parse_args()
+    cache = tempfile.TemporaryDirectory()
+    args.cache = cache.name
 
     found = {label: [] for label in args.rows}
     peaks = dict.fromkeys(args.rows, 0.0)
@@ -196,7 +218,7 @@ def main() -> None:
     for label, rows in found.items():
         step = seconds[label]
         speed = sum(row["tokens"] for row in rows) / sum(row["step_s"] for row in rows)
-        share = f"{bound(parts, ROWS[label]) / step:.0%}" if "dpo" in label else "-"
+        share = f"{bound(parts, label) / step:.0%}" if "dpo" in label else "-"
         lines.append(
             f"| {label} | {step:.2f} | {step / seconds[base]:.2f} | {args.pairs / step:.2f} | {speed:.0f} | "
             f"{peaks[label]:.2f} | {share} |"
@@ -204,7 +226,7 @@ def main() -> None:
         record["rows"][label] = {"step_s": step, "tokens_per_s": speed, "peak_gb": peaks[label]}
     lines += [
         "",
-        f"Matmul lower bound of {base}: {bound(parts, ROWS[base]):.2f} s, of which the head {parts['head']:.2f} s, at "
+        f"Matmul lower bound of {base}: {bound(parts, base):.2f} s, of which the head {head_bound(parts, base):.2f} s, at "
         f"{parts['rate'] / 1e12:.2f} TFLOP/s measured on the body's shapes. Peak memory is one process's.",
     ]
     if args.profile:

@@ -28,6 +28,7 @@ TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 CHECKPOINTED = {"gradient_checkpointing": True}
 NO_MASTERS = {"bf16": False, "weights": "bfloat16"}
+ADAPTERS = {"weights": "bfloat16", "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}}
 KEPT = {
     "environment": {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
 }
@@ -39,20 +40,27 @@ SETTINGS = {
     "TRL DPO, 2 at a time, freed memory kept": AUTOCAST | TWO | KEPT,
     "TRL DPO, 1 at a time, freed memory kept": AUTOCAST | ONE | KEPT,
     "TRL DPO, 2 at a time, freed memory kept, bf16 weights": AUTOCAST | TWO | KEPT | NO_MASTERS,
+    "TRL DPO, LoRA, 1 at a time, freed memory kept": AUTOCAST | ONE | KEPT | ADAPTERS,
     "TRL SFT, 8 at once": AUTOCAST,
     "TRL SFT, 2 at a time, freed memory kept": AUTOCAST | TWO | KEPT,
     "TRL SFT, 2 at a time, freed memory kept, bf16 weights": AUTOCAST | TWO | KEPT | NO_MASTERS,
 }
 # What a run without --only measures: the fastest of each that has fp32 masters.
-FASTEST = ("TRL DPO, 1 at a time, freed memory kept", "TRL SFT, 2 at a time, freed memory kept")
+FASTEST = (
+    "TRL DPO, 1 at a time, freed memory kept",
+    "TRL DPO, LoRA, 1 at a time, freed memory kept",
+    "TRL SFT, 2 at a time, freed memory kept",
+)
 OURS = {
     "ours, dpo": ["align.py", "--loss", "dpo"],
+    "ours, dpo, LoRA": ["align.py", "--loss", "dpo", "--lora-rank", "16"],
     "ours, sft": ["sft.py"],
 }
 
 
 def child(job: dict) -> None:
     """In TRL's environment: train, and print the seconds of each step and the peak memory as JSON."""
+    import peft
     import torch
     import transformers
     import trl
@@ -61,6 +69,7 @@ def child(job: dict) -> None:
     options = dict(job["options"])
     options.pop("environment", None)
     weights = options.pop("weights", "float32")
+    adapters = options.pop("lora", None)
     rows = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
     seconds = []
 
@@ -98,6 +107,7 @@ def child(job: dict) -> None:
         train_dataset=Dataset.from_list(table),
         processing_class=transformers.AutoTokenizer.from_pretrained(job["model"]),
         callbacks=[Clock()],
+        peft_config=adapters and peft.LoraConfig(**adapters, task_type="CAUSAL_LM"),
     )
     run.train()
     losses = [row["loss"] for row in run.state.log_history if "loss" in row]
@@ -135,7 +145,7 @@ def choose_pairs(model: str, source: str, number: int, folder: Path) -> tuple[Pa
 
 
 def run_ours(command: list[str], args: argparse.Namespace, folder: Path) -> dict:
-    out = folder / Path(command[0]).stem
+    out = folder / "-".join(command).replace("/", "-")
     flags = [
         "--model",
         args.model,
@@ -226,7 +236,7 @@ def main() -> None:
             lines.append(f"| {label} | {result['failed']} | - | - | - | - | - | - |")
             continue
         seconds = statistics.median(result["seconds"][args.warmup :])
-        ours = found["ours, sft" if "sft" in label.lower() else "ours, dpo"]
+        ours = found["ours, sft" if "sft" in label.lower() else "ours, dpo" + ", LoRA" * ("LoRA" in label)]
         speed = seconds / statistics.median(ours["seconds"][args.warmup :])
         memory = ours["peak_gb"] / result["peak_gb"]
         tokens = sum((sft_tokens if "sft" in label.lower() else pair_tokens)[args.pairs * args.warmup :])
