@@ -160,6 +160,8 @@ def size(path: str, config: Any, tensors: int, numbers: int, trust_remote_code: 
         raise ValueError(f"{path}: its configuration has {layers} layers, more than {most} tensors fill")
     with one_line(path):
         lm = skeleton(config, trust_remote_code)
+    if empty := [name for name, parameter in lm.named_parameters() if not parameter.numel()]:
+        raise ValueError(f"{path}: its configuration has parameters without numbers (first: {empty[0]})")
     wanted = sum(parameter.numel() for parameter in lm.parameters())
     if tensors and wanted > 2 * numbers:
         raise ValueError(f"{path}: its configuration has {wanted} parameters, its weights {numbers}")
