@@ -111,7 +111,7 @@ CANNOT = {  # a source, what is written there, what is said
     "imdb=number.jsonl": (b'{"text": 5}', "number.jsonl:1: not a row of the published dataset"),
     "hhh": (None, "; NAME=DIR reads local files) nor a file, a folder or org/name of the hub"),
     "": (None, "neither a dataset"),
-    "org/name/more": (None, "org/name/more: neither"),
+    "org/name/more": (None, "org/name/more: no such file"),
     "org/name": (None, "org/name: "),
     "a.jsonl:b:c:d": (None, "at most a configuration and a split"),
 }

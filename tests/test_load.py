@@ -161,9 +161,10 @@ def differences(base: Path, name: str) -> list[str]:
         said += sorted(ours.keys() ^ theirs.keys())
         for key in (ours.keys() & theirs.keys()) - skip:
             local, whole = ours[key].to_local(), theirs[key]
-            each = -(-whole.shape[0] // world_size)
-            rows = whole[each * rank : each * (rank + 1)]
-            if local.dtype != rows.dtype or not torch.equal(local, rows):
+            axis = ours[key].placements[0].dim  # 0, but of experts and of heads of one row
+            parts = whole.split(-(-whole.shape[axis] // world_size), axis)
+            part = parts[rank] if rank < len(parts) else whole.narrow(axis, 0, 0)
+            if local.dtype != part.dtype or not torch.equal(local, part):
                 said.append(f"{key} {local.dtype} {tuple(local.shape)}")
             if ours[key].requires_grad != (got is policy and theirs[key].requires_grad):
                 said.append(f"{key} requires_grad {ours[key].requires_grad}")
