@@ -86,12 +86,15 @@ def command(base: Path, kind: str, out: Path) -> list[str]:
 # -----------------------------------------------------------------------------------------------------------
 
 
-def fork(argv: list[str], ranks: int, log: Path) -> list[int]:
-    """The ranks of a training, forked; their process numbers."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        return free.getsockname()[1]
+
+
+def fork(argv: list[str], ranks: int, log: Path) -> list[int]:
+    """The ranks of a training, forked; their process numbers."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     found = []
     for rank in range(ranks):
         if pid := os.fork():

@@ -1,0 +1,99 @@
+"""Real scripts without their six seconds of imports, for tests that start many processes by others' commands.
+
+    python tests/warm.py SOCKET                      a server: has imported the scripts, and forks for each request
+    python tests/warm.py SOCKET align.py FLAGS...    what stands where `python align.py FLAGS...` would: runs it in a
+                                                     fork of the server, with this process's environment, folder
+                                                     and files; signals are passed on, a kill too
+
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def serve(place: str) -> None:
+    sys.path.insert(0, str(ROOT))
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import torch
+
+    import align
+    import sft
+    import signals
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who serves one request
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(place)
+    listener.listen(16)
+    while True:
+        link, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise SystemExit(one(link, {"align.py": align, "sft.py": sft}, signals))
+        link.close()
+
+
+def one(link: socket.socket, scripts: dict, signals) -> int:
+    """Fork once more, and tell how that ends; end it where its client ends."""
+    told, descriptors, _, _ = socket.recv_fds(link, 2**20, 3)
+    asked = json.loads(told)
+    if (pid := os.fork()) == 0:
+        link.close()
+        for own, given in enumerate(descriptors):
+            os.dup2(given, own)
+        os.environ.clear()
+        os.environ |= asked["env"]
+        os.chdir(asked["folder"])
+        code = 1
+        try:
+            signals.listen()
+            scripts[Path(asked["argv"][0]).name].main(asked["argv"][1:])
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        os._exit(code)
+    for given in descriptors:
+        os.close(given)
+    link.sendall(b"%d\n" % pid)
+    if link in select.select([link, os.pidfd_open(pid)], [], [])[0]:
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        link.sendall(b"%d\n" % code)
+    except OSError:
+        pass
+    os._exit(0)
+
+
+def ask(place: str, argv: list[str]) -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    link = socket.socket(socket.AF_UNIX)
+    link.connect(place)
+    asked = json.dumps({"argv": argv, "env": dict(os.environ), "folder": os.getcwd()})
+    socket.send_fds(link, [asked.encode()], [0, 1, 2])
+    answers = link.makefile()
+    pid = int(answers.readline())
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    return int(answers.readline())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        serve(sys.argv[1])
+    code = ask(sys.argv[1], sys.argv[2:])
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
