@@ -13,12 +13,14 @@ Left out: sharing between machines without a common file system (each tokenises 
 import contextlib
 import ctypes
 import fcntl
+import glob
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -44,6 +46,7 @@ from formats import Example, Fault
 
 CHUNK = 256  # rows encoded at a time
 UNSEEN = ("places", "subsets")  # what training does not depend on
+WORKERS = 32  # processes at most: rows are read by one, and each takes a third of a gigabyte
 INLINE = 8  # chunks encoded before other processes are worth their start of a few seconds
 
 
@@ -83,8 +86,8 @@ def load(
     """Every row of all sources that `encoding` keeps and can use, each source from the cache or encoded into
     it, as much of it as its weight says; tells what was kept, what was left out and why, and shows one.
 
-    Processes that ask for the same rows at once, the ranks of a run among them, wait for the first. A cache
-    is complete or not there. Raises ValueError for a file that cannot be read, if more than 5 % of a source's
+    Processes of a machine that ask for the same rows at once, the ranks of a run among them, wait for the
+    first. A cache is complete or not there. Raises ValueError for a file that cannot be read, if more than 5 % of a source's
     rows cannot be used (if it has 20 or more; if `strict`: any), or if nothing is left.
     """
     found = []
@@ -175,9 +178,12 @@ def _write(
     say: Callable[[str], None],
 ) -> None:
     """The directory of a cache, from rows that are read once and never all held."""
-    beside = place.with_suffix(".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    # not every shared disk knows locks between machines: each writes by itself, and the first to end is taken
+    own = f"{place.name}.{socket.gethostname()}-"
+    for left in place.parent.glob(f"{glob.escape(own)}*.tmp"):  # of one that was killed, for the lock is held
+        shutil.rmtree(left, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
+    beside = place.with_name(f"{own}{os.getpid()}.tmp")
     beside.mkdir()
     total = Tally(0, Counter(), {}, {})
     tokens = pieces = trained = 0
@@ -202,7 +208,11 @@ def _write(
         digest = hashlib.sha256("".join(depended).encode()).hexdigest()
         about = About(*total, sorted(map(str, unread)), digest, sample)
         (beside / "about.json").write_text(json.dumps(about._asdict()), encoding="utf-8")
-        os.replace(beside, place)
+        try:
+            os.replace(beside, place)
+        except OSError:  # another machine's may be there by now
+            if not _complete(place):
+                raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -235,7 +245,7 @@ def _encoded(
     following = next(chunks, None)
     if following is None:
         return
-    workers = len(os.sched_getaffinity(0))
+    workers = min(WORKERS, len(os.sched_getaffinity(0)))
     say(f"tokenising with {workers} processes")
     # spawned: a fork would copy the locks of the threads that torch has started
     context = multiprocessing.get_context("spawn")

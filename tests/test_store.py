@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import socket
 import threading
 
 import numpy as np
@@ -283,10 +284,13 @@ def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, name):
     source = write(tmp_path / "a.jsonl", 10)
     expected = list(load(source, tmp_path / "c", tokenizer))
     place = next(path for path in (tmp_path / "c").iterdir() if path.is_dir())
-    place.with_suffix(".tmp").mkdir()  # of a killed writer
+    mine, others = (place.with_name(f"{place.name}.{host}-7.tmp") for host in (socket.gethostname(), "another"))
+    for left in (mine, others):  # of a killed writer, of one of another machine
+        left.mkdir()
     with open(place / name, "rb+") as file:
         file.truncate(3)
     assert list(load(source, tmp_path / "c", tokenizer)) == expected
+    assert not mine.exists() and others.exists()
 
 
 def test_processes_that_ask_at_once_wait_for_the_first(tokenizer, tmp_path, monkeypatch):
@@ -307,6 +311,36 @@ def test_processes_that_ask_at_once_wait_for_the_first(tokenizer, tmp_path, monk
     for thread in threads:
         thread.join()
     assert len(written) == 1
+
+
+def test_machines_that_know_no_common_lock_do_not_meet(tokenizer, tmp_path, monkeypatch):
+    # red: one name for all writers; OSError not caught; _complete not asked (a damaged cache would be opened)
+    source = write(tmp_path / "a.jsonl", 10)
+    monkeypatch.setattr(store.fcntl, "flock", lambda *_: None)
+    encode_them, written = store._encoded, []
+
+    def meanwhile(*given):
+        if not written:  # the other machine begins while this one writes, and is done first
+            written.append("ours")
+            with monkeypatch.context() as there:
+                there.setattr(socket, "gethostname", lambda: "another")
+                written.append(list(load(source, tmp_path / "c", tokenizer)))
+        return encode_them(*given)
+
+    monkeypatch.setattr(store, "_encoded", meanwhile)
+    assert list(load(source, tmp_path / "c", tokenizer)) == written[1]
+    assert [path.suffix for path in (tmp_path / "c").iterdir() if path.is_dir()] == [""]
+
+
+def test_no_more_processes_than_serve_one_reader(tokenizer, tmp_path, monkeypatch):
+    # red: min left out
+    monkeypatch.setattr(store, "WORKERS", 1)
+    monkeypatch.setattr(store.os, "sched_getaffinity", lambda _: range(3))
+    monkeypatch.setattr(store, "INLINE", 1)
+    monkeypatch.setattr(store, "CHUNK", 4)
+    told = []
+    load(write(tmp_path / "a.jsonl", 10), tmp_path / "c", tokenizer, say=told.append)
+    assert any("tokenising with 1 processes" in line for line in told)
 
 
 # What is said of the rows.

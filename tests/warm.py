@@ -50,6 +50,7 @@ def one(link: socket.socket, scripts: dict, signals) -> int:
         link.close()
         for own, given in enumerate(descriptors):
             os.dup2(given, own)
+        sys.stdout, sys.stderr = (open(own, "w", buffering=1, closefd=False) for own in (1, 2))  # not a test's
         os.environ.clear()
         os.environ |= asked["env"]
         os.chdir(asked["folder"])
