@@ -277,29 +277,45 @@ def read_model(path: Path) -> dict[str, Tensor]:
 
 
 def _find(out: Path, choice: str, device: torch.device) -> Path | None:
-    """The checkpoint to resume from: rank 0 chooses, and every rank must see that very one."""
-    step, problem = NONE, ""
-    if fsdp.ranks()[0] == 0:
+    """The checkpoint to resume from: rank 0 chooses, every rank must see that very one and reads a share of
+    its files; with "auto" one that is damaged for any of them is passed over."""
+    rank, world_size = fsdp.ranks()
+    damage = ""
+    while True:
+        step, problem = NONE, ""
+        if rank == 0:
+            try:
+                step = _choose(out, choice, damage)
+            except (ValueError, OSError) as error:
+                step, problem = REFUSED, str(error)
+        step = fsdp.from_rank_zero(step, device)
+        if step == REFUSED:
+            raise ValueError(problem or f"{out}: refused by rank 0")
+        if step == NONE:
+            return None
+        path = out / f"step-{step}"
+        seen = _checksum(path / "trainer.json") if becomes((path / "trainer.json").exists) else -1
+        others = fsdp.ranks_where(seen != fsdp.from_rank_zero(seen, device), device)
+        if others:
+            raise ValueError(f"{path}: rank 0 goes on from it, and ranks {others} do not see it there")
+        problem = ""
         try:
-            step = _choose(out, choice)
-        except (ValueError, OSError) as error:
-            step, problem = REFUSED, str(error)
-    step = fsdp.from_rank_zero(step, device)
-    if step == REFUSED:
-        raise ValueError(problem or f"{out}: refused by rank 0")
-    if step == NONE:
-        return None
-    path = out / f"step-{step}"
-    seen = _checksum(path / "trainer.json") if becomes((path / "trainer.json").exists) else -1
-    others = fsdp.ranks_where(seen != fsdp.from_rank_zero(seen, device), device)
-    if others:
-        raise ValueError(f"{path}: rank 0 goes on from it, and ranks {others} do not see it there")
-    return path
+            problem, unread = _damage(path, rank, world_size), ""
+        except OSError as error:  # of a disk, and no reason to put a checkpoint aside
+            unread = f"{error.filename or path}: {error.strerror or error}"
+        said = [json.loads(text) for text in fsdp.gathered(json.dumps([problem, unread]))]
+        for _, unread in said:
+            if unread:
+                raise ValueError(unread)
+        damage = next((problem for problem, _ in said if problem), "")
+        if not damage:
+            return path
 
 
-def _choose(out: Path, choice: str) -> int:
-    """The step to resume from. Sizes and checksums are checked; with "auto" a damaged one is put aside, so
-    that the step can be written again. Raises ValueError if a named one is not whole."""
+def _choose(out: Path, choice: str, damage: str) -> int:
+    """The step to resume from, of those that a rank has not found damaged, which it said of the last one.
+    With "auto" that one, and one without a record, is put aside, so that the step can be written again.
+    Raises ValueError if a named one is not whole."""
     candidates = complete(out)
     if choice != "auto":
         names = ", ".join(path.name for path in candidates) or "none"
@@ -307,7 +323,11 @@ def _choose(out: Path, choice: str) -> int:
         if not candidates:
             raise ValueError(f"no complete checkpoint at {out / choice} (complete: {names})")
     for path in candidates:
-        problem = _damage(path)
+        problem, damage = damage, ""
+        try:
+            read_record(path)
+        except ValueError as error:
+            problem = f"trainer.json: {error}"
         if not problem:
             return _number(path)
         if choice != "auto" or "this program reads" in problem:
@@ -368,13 +388,17 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def _damage(path: Path) -> str:
-    """What is wrong with the files of a checkpoint, or an empty string."""
+def _damage(path: Path, rank: int = 0, world_size: int = 1) -> str:
+    """What is wrong with the files of a checkpoint that a rank verifies, or an empty string: with as many
+    ranks as wrote it, those that it wrote itself."""
     try:
         named = read_record(path)["files"]
     except ValueError as error:
         return f"trainer.json: {error}"
     for name, (size, checksum) in named.items():
+        writer = re.match(r"__(\d+)_", name)
+        if int(writer[1] if writer else 0) % world_size != rank:
+            continue
         file = path / name
         if not file.exists():
             return f"{name} is missing"

@@ -87,8 +87,8 @@ def load(
     it, as much of it as its weight says; tells what was kept, what was left out and why, and shows one.
 
     Processes of a machine that ask for the same rows at once, the ranks of a run among them, wait for the
-    first. A cache is complete or not there. Raises ValueError for a file that cannot be read, if more than 5 % of a source's
-    rows cannot be used (if it has 20 or more; if `strict`: any), or if nothing is left.
+    first. A cache is complete or not there. Raises ValueError for a file that cannot be read, if more than
+    5 % of a source's rows cannot be used (if it has 20 or more; if `strict`: any), or if nothing is left.
     """
     found = []
     for spec in sources:

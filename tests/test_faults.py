@@ -124,6 +124,40 @@ def own_file(out, lm):
     return [problem, sorted(read), checkpoint._damage(out / "step-3")]
 
 
+def own_file_at_resume(out, lm):
+    """The files that this rank verifies of step-4, whose damage rank 0 sees, and of step-2."""
+    read, real = [], checkpoint._checksum
+    checkpoint._checksum = lambda path: read.append(f"{path.parent.name}/{path.name}") or real(path)
+    found = resumed(out, "auto", lm)
+    checkpoint._checksum = real
+    return [found, read]
+
+
+def damaged_elsewhere(out, lm):
+    """The damage is in the file of rank 1, which rank 0 does not read."""
+    if fsdp.ranks()[0]:
+        damage(out / "step-2", "__1_0.distcp")
+    fsdp.barrier()
+    step = resumed(out, "auto", lm)
+    fsdp.barrier()
+    return [step, sorted(path.name for path in out.glob(".aside-*"))]
+
+
+def unreadable(out, lm):
+    """The disk fails rank 1."""
+    real = checkpoint._checksum
+
+    def fails(path):
+        if path.name == "__1_0.distcp":
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    checkpoint._checksum = fails
+    found = resumed(out, "step-2", lm)
+    checkpoint._checksum = real
+    return [found, sorted(path.name for path in out.glob(".aside-*"))]
+
+
 class Weighted(NamedTuple):
     prompt: list
     completions: list
@@ -131,7 +165,8 @@ class Weighted(NamedTuple):
 
 
 SCENARIOS = [slow_rank, own_disk, other_checkpoint, blind, shared, lost_file, full_disk, diverged]
-SCENARIOS += [full_disk_of_rank_zero, not_finite_on_one, own_file]
+SCENARIOS += [full_disk_of_rank_zero, not_finite_on_one, own_file, own_file_at_resume, damaged_elsewhere]
+SCENARIOS += [unreadable]
 
 
 def resumed(out, choice, lm):
@@ -157,9 +192,9 @@ class limited:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-def damage(step):
+def damage(step, name="__0_0.distcp"):
     """Change one byte of its tensors."""
-    path = step / "__0_0.distcp"
+    path = step / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -268,6 +303,27 @@ def test_each_rank_reads_its_own_file_for_the_record(pair):
     _, zero, one, _ = pair
     assert zero["own_file"] == ["", [".metadata", "__0_0.distcp"], ""]
     assert one["own_file"] == ["", ["__1_0.distcp"], ""]
+
+
+def test_each_rank_verifies_its_own_file(pair):
+    # red: _damage without `% world_size != rank`
+    _, zero, one, _ = pair
+    assert zero["own_file_at_resume"][0] == one["own_file_at_resume"][0] == [2, 64.0]
+    for rank, found in enumerate((zero, one)):
+        read = [name for name in found["own_file_at_resume"][1] if name.endswith(".distcp")]
+        assert read == [f"step-{step}/__{rank}_0.distcp" for step in (4, 2)]
+    assert [name for name in one["own_file_at_resume"][1] if name.endswith(".metadata")] == []
+
+
+def test_damage_that_one_rank_finds_is_agreed_on(pair):
+    # red: `gathered` replaced by what this rank found; the damage not handed to _choose; an OSError taken for damage
+    base, zero, one, stderr = pair
+    for found in (zero, one):
+        assert found["damaged_elsewhere"] == [[0, 64.0], [".aside-step-2", ".aside-step-4"]]
+    assert f"{base}/damaged_elsewhere/step-2: __1_0.distcp has changed since it was written; passed over" in stderr
+    for found in (zero, one):
+        assert found["unreadable"][0].endswith("/step-2/__1_0.distcp: Input/output error")
+        assert found["unreadable"][1] == []
 
 
 # ---- one process

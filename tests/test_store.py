@@ -151,7 +151,7 @@ def test_a_row_may_be_several_groups(tokenizer, tmp_path):
 
 def test_more_rows_than_one_process_takes(tokenizer, tmp_path, monkeypatch):
     # red: chunks in the order in which they are done; offsets that start again with every chunk; the first
-    # place of a reason that of the last chunk; counts of the first chunk alone
+    # place of a reason that of the last chunk; counts of the first chunk alone; a process a core where there are many
     source = write(tmp_path / "a.jsonl", 60)
     rows = [json.loads(line) for line in open(source, encoding="utf-8")]
     for index in (12, 40, 55):
@@ -160,6 +160,8 @@ def test_more_rows_than_one_process_takes(tokenizer, tmp_path, monkeypatch):
     rows[47] = {"prompt": "q", "completion": "a", "extra": 1}
     lines(tmp_path / "a.jsonl", rows)
     monkeypatch.setattr(store, "_report", lambda *_: None)
+    monkeypatch.setattr(store, "WORKERS", 2)
+    monkeypatch.setattr(store.os, "sched_getaffinity", lambda _: range(99))
     told, abouts = [], []
     for chunk, inline in ((3, 2), (256, 8)):
         monkeypatch.setattr(store, "CHUNK", chunk)
@@ -168,7 +170,7 @@ def test_more_rows_than_one_process_takes(tokenizer, tmp_path, monkeypatch):
         found = load(source, tmp_path / f"c{chunk}", tokenizer, say=told[-1].append)
         assert bare(found) == one_by_one(source, tokenizer)
         abouts.append(about(tmp_path / f"c{chunk}"))
-    assert any("processes" in line for line in told[0]) and not any("processes" in line for line in told[1])
+    assert any("with 2 processes" in line for line in told[0]) and not any("processes" in line for line in told[1])
     assert abouts[0] == abouts[1]
     special = "the text holds <|im_end|>, a special token of the model; if it is rendered already, "
     assert abouts[0]["faults"] == {
@@ -330,17 +332,6 @@ def test_machines_that_know_no_common_lock_do_not_meet(tokenizer, tmp_path, monk
     monkeypatch.setattr(store, "_encoded", meanwhile)
     assert list(load(source, tmp_path / "c", tokenizer)) == written[1]
     assert [path.suffix for path in (tmp_path / "c").iterdir() if path.is_dir()] == [""]
-
-
-def test_no_more_processes_than_serve_one_reader(tokenizer, tmp_path, monkeypatch):
-    # red: min left out
-    monkeypatch.setattr(store, "WORKERS", 1)
-    monkeypatch.setattr(store.os, "sched_getaffinity", lambda _: range(3))
-    monkeypatch.setattr(store, "INLINE", 1)
-    monkeypatch.setattr(store, "CHUNK", 4)
-    told = []
-    load(write(tmp_path / "a.jsonl", 10), tmp_path / "c", tokenizer, say=told.append)
-    assert any("tokenising with 1 processes" in line for line in told)
 
 
 # What is said of the rows.
