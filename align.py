@@ -248,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         preflight.tell_long(units, args.batch_size, unit, say)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, units, device, say, objective)
+        preflight.agree(train, evaluated)
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32
@@ -334,8 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         delta = running_mean(running, device)  # ()
         leave(step)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            row = judge(delta, lambda: leave(step))
-            log(row | {"step": step})
+            log(judge(delta, lambda: leave(step)) | {"step": step})
             show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
             rundir.save(args, step, policy, optimizer, made, extra)

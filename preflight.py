@@ -1,13 +1,21 @@
 """What can be known of a training before a model is loaded.
 
     begin     what stops a run at once: its directory, its trackers, the files of its models
+    agree     before a model is made: do all nodes run the same code on the same rows?
     report    --check: one screen of what would be trained, and on what; and whether packing suits the model
 
 Left out: whether the run fits into memory (memory.py).
 """
 
 import argparse
+import contextlib
+import hashlib
+import json
 import os
+import platform
+import socket
+from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable
 
@@ -49,6 +57,39 @@ def _models(args: argparse.Namespace) -> list[str]:
     """The models that a run reads; adapters are no model of their own."""
     apart = "reference" in vars(args) and lora.shared(args) is None
     return [path for path in dict.fromkeys((args.model, args.reference if apart else None)) if path]
+
+
+def agree(*stores: Any) -> None:
+    """Compare what each rank runs, by one gather: Python, libraries, our code, the encoded rows, its devices.
+    Raises ValueError, on all ranks, with the hosts and their values where they differ: such ranks would hang,
+    or train something else than one of them alone."""
+    ours = sorted(Path(__file__).parent.glob("*.py"))
+    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    told = {"Python": platform.python_version(), "torch": torch.__version__}
+    told |= {name: _version(name) for name in ("transformers", "flash-attn")}
+    told["code"] = hashlib.sha256(b"".join(path.read_bytes() for path in ours)).hexdigest()[:12]
+    told["rows"] = " ".join(store.digest[:12] for store in stores if isinstance(store, Store))
+    told["devices"] = ", ".join(f"{count} {name}" for name, count in Counter(cards).items()) or "CPU"
+    said = [json.loads(text) for text in fsdp.gathered(json.dumps([socket.gethostname(), told]))]
+    for key in told:
+        found = {}  # value -> host -> ranks
+        for rank, (host, values) in enumerate(said):
+            found.setdefault(values[key], {}).setdefault(host, []).append(rank)
+        if len(found) > 1:
+            parts = [f"{value or 'none'} on {_places(hosts)}" for value, hosts in found.items()]
+            raise ValueError(f"{key} differs between ranks: {'; '.join(parts)} (all must be alike)")
+
+
+def _version(name: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return "none"
+
+
+def _places(hosts: dict[str, list[int]]) -> str:
+    """The first hosts of some, with their ranks."""
+    said = [f"{host} (rank {', '.join(map(str, ranks))})" for host, ranks in hosts.items()]
+    return ", ".join(said[:3]) + f" and {len(said) - 3} more" * (len(said) > 3)
 
 
 def tell_long(units: np.ndarray, batch_size: int, unit: str, say: Callable[..., None]) -> None:

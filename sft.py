@@ -172,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluated = evaluated.subset(args.eval_examples)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, np.ones(len(train), int), device, say)
+        preflight.agree(train, evaluated)
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) else torch.float32
