@@ -1,12 +1,12 @@
 """Real scripts without their six seconds of imports, for tests that start many processes by others' commands.
 
-    python tests/warm.py SOCKET                      a server: has imported the scripts, and forks for each request
+    serve(SOCKET)                                    has imported the scripts, and forks for each request
     python tests/warm.py SOCKET align.py FLAGS...    what stands where `python align.py FLAGS...` would: runs it in a
                                                      fork of the server, with this process's environment, folder
                                                      and files; signals are passed on, a kill too
-
 """
 
+import contextlib
 import json
 import os
 import select
@@ -15,34 +15,36 @@ import socket
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def serve(place: str) -> None:
-    sys.path.insert(0, str(ROOT))
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    import torch
-
     import align
     import sft
     import signals
 
-    torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who serves one request
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(place)
     listener.listen(16)
-    while True:
-        link, _ = listener.accept()
+    listener.settimeout(5)
+    parent = os.getppid()
+    while os.getppid() == parent:  # a server ends with its tests, however they end
+        try:
+            link, _ = listener.accept()
+        except TimeoutError:
+            continue
         if os.fork() == 0:
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            raise SystemExit(one(link, {"align.py": align, "sft.py": sft}, signals))
+            try:
+                one(link, {"align.py": align, "sft.py": sft}, signals)
+            finally:
+                os._exit(1)
         link.close()
 
 
-def one(link: socket.socket, scripts: dict, signals) -> int:
+def one(link: socket.socket, scripts: dict, signals) -> None:
     """Fork once more, and tell how that ends; end it where its client ends."""
     told, descriptors, _, _ = socket.recv_fds(link, 2**20, 3)
     asked = json.loads(told)
@@ -66,15 +68,13 @@ def one(link: socket.socket, scripts: dict, signals) -> int:
         os._exit(code)
     for given in descriptors:
         os.close(given)
-    link.sendall(b"%d\n" % pid)
+    with contextlib.suppress(OSError):  # the client may have been killed
+        link.sendall(b"%d\n" % pid)
     if link in select.select([link, os.pidfd_open(pid)], [], [])[0]:
         os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
+    with contextlib.suppress(OSError):
         link.sendall(b"%d\n" % code)
-    except OSError:
-        pass
-    os._exit(0)
 
 
 def ask(place: str, argv: list[str]) -> int:
@@ -92,8 +92,6 @@ def ask(place: str, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        serve(sys.argv[1])
     code = ask(sys.argv[1], sys.argv[2:])
     if code < 0:
         os.kill(os.getpid(), -code)
