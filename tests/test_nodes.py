@@ -57,7 +57,7 @@ echo "$@" >> "$STAND_IN/scontrol"
 """
 
 
-def until(holds, seconds=60):
+def until(holds, seconds=120):
     limit = time.time() + seconds
     while not holds():
         assert time.time() < limit
@@ -118,13 +118,13 @@ def test_a_job_is_told_to_leave_goes_back_into_the_queue_and_ends(base):
     until(lambda: chaos.rows(out / "align") > 1 or job.poll() is not None)
     for pid in (base / "pids").read_text().split():
         os.kill(int(pid), signal.SIGUSR1)
-    assert job.wait(60) == 0, (base / "job.log").read_text()
+    assert job.wait(120) == 0, (base / "job.log").read_text()
     status = json.loads((out / "align" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("saved", "SIGUSR1")
     asked = (base / "scontrol").read_text().splitlines()
     assert asked == ["show hostnames node[1-2]", "requeue 4711"]
     written = (out / "sft" / "final" / "config.json").stat().st_mtime_ns
-    assert batch(base, out, **stages).wait(60) == 0, (base / "job.log").read_text()
+    assert batch(base, out, **stages).wait(120) == 0, (base / "job.log").read_text()
     assert (out / "align" / "final" / "model.safetensors").exists()
     assert (out / "sft" / "final" / "config.json").stat().st_mtime_ns == written
     steps = [json.loads(line)["step"] for line in (out / "align" / "metrics.jsonl").read_text().splitlines()
@@ -138,7 +138,7 @@ def test_a_job_is_told_to_leave_goes_back_into_the_queue_and_ends(base):
 def test_a_stage_that_fails_ends_the_job(base, tmp_path):
     # red: set -e left out; the exit code of srun not asked
     job = batch(base, tmp_path, SFT=flags(base, "sft", 4, tmp_path) + " --beta 1", ALIGN="none")
-    assert job.wait(60) == 2
+    assert job.wait(120) == 2
     assert "error: " in (tmp_path / "sft" / "logs" / "node-0.log").read_text()
     assert "requeue" not in (base / "scontrol").read_text().split("\n")[-2] and not (tmp_path / "align").exists()
 
@@ -147,10 +147,10 @@ def test_an_allocation_runs_a_script_on_every_process(base):
     # red: no RANK; the exit code of srun not handed on
     env = job_environment(base, base)
     argv = ["bash", ROOT / "slurm" / "interactive.sh", "align.py", "--loss", "none"]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.count("error: ")) == (2, 1) and "--loss" in done.stdout
     del env["SLURM_JOB_NODELIST"]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "no allocation" in done.stderr
 
 
@@ -194,13 +194,13 @@ def test_two_launchers_end_as_one_does_and_so_after_one_was_killed(base):
     for pid in descendants(pair[1].pid):
         os.kill(pid, signal.SIGKILL)
     for agent in pair:
-        agent.wait(60)
+        agent.wait(120)
     assert chaos.rows(out) < chaos.STEPS and not (out / "final").exists()
     lost = (base / "node0" / "log").read_text()
     assert re.search("^error: rank 1 is lost: ", lost, re.M), lost
     held = cached(base)
     pair = agents(base, out, chaos.free_port())
-    said = [agent.wait(60) for agent in pair]
+    said = [agent.wait(120) for agent in pair]
     logs = [(base / f"node{node}" / "log").read_text() for node in (0, 1)]
     assert said == [0, 0], logs
     found = chaos.outcome(out)
