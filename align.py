@@ -256,14 +256,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         memory.refuse(args, train.lengths, device, world_size, say, objective)
         same_weights = objective.has_reference and lora.equal_at_start(args)
         shared = lora.shared(args) if objective.has_reference else None
-        found = references.find(args, objective, train, evaluated, policy, say)
+        kept = references.find(args, objective, train, evaluated, policy, say)
         reference = None
-        if found and not found.lacking:
+        if kept and not kept.lacking:
             pass  # all that it says is known
         elif shared is not None:
             reference = lora.Reference(policy, shared)
         elif same_weights:
-            reference = policy if found else model.copied(policy, dtype)
+            reference = policy if kept else model.copied(policy, dtype)
         elif objective.has_reference:
             reference = model.outline(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
         model.check_vocabulary(tokenizer, policy, reference)
@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.place(policy, dtype, device)
         if apart:
             model.place(reference.requires_grad_(False), dtype, device, policy if same_weights else None)
-        reference, of_held_out = references.ready(found, reference, args, device, say)
+        reference, of_held_out = references.ready(kept, reference, args, device, say)
     if args.cache_reference_only:
         return fsdp.finish()
     optimizer = torch.optim.AdamW(
@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             budget = args.tokens_per_microbatch
             plan = batch.plan(lengths, args.batch_size, world_size, budget, args.seed, epoch, units)
             # cached values of mismatched answers are those of the data's order
-            order = batch.epoch_order(len(train), None if found else args.seed, epoch)
+            order = batch.epoch_order(len(train), None if kept else args.seed, epoch)
             if objective.mismatches:
                 partners = batch.partners(train.arrays.prompts, order)
                 others = train.mismatched(partners, args.max_length)
@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for pack, twin, found in zip(packs, states, frozen):
             out, stats = forward(objective, policy, reference, pack, twin, found)
             if step == 0 and same_weights:
-                check_start(stats, references.TOLERANCE[args.dtype] if found else 0.0)
+                check_start(stats, references.TOLERANCE[args.dtype] if kept else 0.0)
             # FSDP averages over ranks; the sum over all units of the step is divided by their number
             ((out.losses @ objective.weights(pack)) * (world_size / number)).backward()
             tallies.append(tally(objective, out, stats, pack))

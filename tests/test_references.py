@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOSSES = ("kto", "ra_dpo1", "tdpo2", "ppo", "grpo")
 ALL = [(kind, where, recomputed) for kind in ("full", "lora") for where in ("live", "kept") for recomputed in ("none", "full")]
 # kto's live partners, in the order of the data as the cached ones
-DATA_ORDER = ["None if found else args.seed", "None"]
+DATA_ORDER = ["None if kept else args.seed", "None"]
 
 
 def flags(root, out, *more, steps=3):
