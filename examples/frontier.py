@@ -130,8 +130,10 @@ def figure(rows: Iterable[Row], path: Path) -> None:
             panel.plot(drift, middle, line, color=colour, marker=".", linewidth=1.4)
             panel.fill_between(drift, middle - errors, middle + errors, color=colour, alpha=0.12, linewidth=0)
             ends.append((middle[-1], drift[-1], method, colour))
+        panel.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        panel.set_xlim(left=0)
         _name(panel, ends)
-        panel.set_xlabel("KL(policy || reference), nats a sentence")
+        panel.set_xlabel("KL(policy || reference), nats a sentence; root scale")
         panel.set_title(title, loc="left", fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
     made.tight_layout()
@@ -141,13 +143,14 @@ def figure(rows: Iterable[Row], path: Path) -> None:
 
 
 def _name(panel: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Each line's name in a column at the right, as high as its end is, but one a row."""
+    """Each line's name in a column at the right, as high as its end is, but no two in one place."""
     low, high = panel.get_ylim()
-    right = panel.get_xlim()[1]
-    panel.set_xlim(0, right)
-    gap, last = 0.052 * (high - low), -math.inf
-    for height, drift, method, colour in sorted(ends):
-        last = max(height, last + gap)
+    gap, heights = 0.053 * (high - low), []
+    for height, *_ in sorted(ends):
+        heights.append(max(height, heights[-1] + gap) if heights else height)
+    for index in reversed(range(len(heights))):  # down again from the top of the panel
+        heights[index] = min(heights[index], heights[index + 1] - gap if heights[index + 1 :] else high)
+    for (height, drift, method, colour), place in zip(sorted(ends), heights):
         end = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.5}
-        how = {"color": colour, "fontsize": 8, "va": "center", "annotation_clip": False, "arrowprops": end}
-        panel.annotate(method, (drift, height), (1.02 * right, last), **how)
+        how = {"textcoords": ("axes fraction", "data"), "annotation_clip": False, "arrowprops": end}
+        panel.annotate(method, (drift, height), (1.02, place), color=colour, fontsize=8, va="center", **how)
