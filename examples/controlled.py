@@ -387,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         fill(args, settings)
         rows = list(frontier.read(args.results, settings).values())
-        said = frontier.table(rows)
+        said = f"{frontier.at_equal_drift(rows)}\n\n{frontier.table(rows)}"
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
         frontier.figure(rows, args.results)
     config.tell(said)

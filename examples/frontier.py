@@ -1,8 +1,9 @@
 """Results of many runs by method, beta and seed: kept line by line, shown as a table and as a frontier.
 
-    add, read     a row a run, in a JSONL file; what is there need not be run again
-    table         means and standard errors over seeds, as Markdown
-    figure        what was gained against the drift it took, a line a method through its betas
+    add, read         a row a run, in a JSONL file; what is there need not be run again
+    table             means and standard errors over seeds, as Markdown
+    at_equal_drift    differences from dpo at the same drift, seed by seed, with intervals
+    figure            what was gained against the drift it took, a line a method through its betas
 
 Used by controlled.py, whose docstring says what the numbers are.
 """
@@ -30,6 +31,8 @@ MEASURES = {  # key of a row -> heading, format
     "kl_rejected": ("seq. KL rejected", ".3f"),
     "seconds": ("seconds a run", ".0f"),
 }
+DRIFTS = (0.25, 1.0, 4.0)  # nats, at which methods are compared
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, by seeds less 2
 PANELS = (("reward", "mean reward"), ("tail", "mean reward of the worst 5 %"), ("ruin", "P(ruin), %"))
 LINES = {  # Okabe and Ito, by family; the line says which of it
     "dpo": ("#000000", "-"),
@@ -104,6 +107,43 @@ def table(rows: Iterable[Row]) -> str:
                 cells[-1] += "" if math.isnan(error) else f" ({error:{form}})"
             lines.append(f"| {method} | {beta or ''} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def at_equal_drift(rows: Iterable[Row]) -> str:
+    """As Markdown: how far the curve of a method lies above dpo's at the same KL(policy || reference), mean
+    over seeds and 95 % interval (Student's t on the differences by seed). A curve joins the reference and a
+    seed's runs by lines over the root of KL; it is not drawn on beyond its last run."""
+    rows = list(rows)
+    names = " | ".join(f"{MEASURES[key][0]}" for key, _ in PANELS)
+    lines = [f"| method, less dpo | KL | seeds | {names} |", "|---" * (len(PANELS) + 3) + "|"]
+    for method in [name for name in LINES if name not in ("dpo", "ideal")]:
+        for drift in DRIFTS:
+            cells, number = [], 0
+            for key, _ in PANELS:
+                ours, theirs = (_on_curve(rows, name, key, drift) for name in (method, "dpo"))
+                found = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+                number = len(found)
+                mean, error = mean_and_error(found) if found else (math.nan, math.nan)
+                half = STUDENT[min(number, 10) - 2] * error
+                interval = f" ({mean - half:+.3f} to {mean + half:+.3f})" if number > 1 else ""
+                cells.append(f"{mean:+.3f}{interval}")
+            if number:
+                lines.append(f"| {method} | {drift:g} | {number} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _on_curve(rows: Iterable[Row], method: str, key: str, drift: float) -> dict[int, float]:
+    """What a method has at a drift, by seed, where its runs reach so far."""
+    curves: dict[int, list] = {}
+    for row in rows:
+        if row["method"] in (method, "reference"):
+            curves.setdefault(row["seed"], []).append((math.sqrt(max(row["kl"], 0.0)), row[key]))
+    found = {}
+    for seed, points in curves.items():
+        roots, values = zip(*sorted(points))
+        if roots[-1] ** 2 >= drift:
+            found[seed] = float(np.interp(math.sqrt(drift), roots, values))
+    return found
 
 
 def figure(rows: Iterable[Row], path: Path) -> None:

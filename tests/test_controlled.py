@@ -1,5 +1,5 @@
-"""The world where the truth is known: examples/controlled.py, driven at its smallest, and its measures against
-counting.
+"""The world where the truth is known: examples/controlled.py, driven at its smallest, and its measures
+against formulas.
 
 `red:` names a change of the code that turns a test red.
 """
@@ -20,6 +20,9 @@ import controlled  # noqa: E402
 SMALL = (
     "--methods dpo ra_dpo2_cvar_0.1 --betas 0.3 --seeds 0 --sentences 256 --pairs 64 --steps 3 --samples 128"
 )
+
+
+KEYS = ("reward", "tail", "ruin")
 
 
 class Fixed(torch.nn.Module):
@@ -66,12 +69,13 @@ def test_preferences_are_drawn_by_the_difference_of_rewards():
 
 
 def test_measures_against_the_formulas():
-    """red: the drift under the reference's words; a second ruin counted; calm words risky; the end left out."""
+    """red: the drift under the reference's words; a second ruin counted; calm words risky; no end."""
     size = len(controlled.WORDS)
     mine, theirs = np.full(size, 0.25 / (size - 2)), np.full(size, 1 / size)
     for word in controlled.RISKY_OBJECTS:
         mine[controlled.WORDS.index(word)] = 0.375
-    said = sentences(["madly opens door madly opens boat", "door", "boldly breaks bread", "gently opens door"])
+    said = ["madly opens door madly opens boat", "door", "boldly breaks bread", "gently opens door"]
+    said = sentences(said)
     found = controlled.measure(Fixed(mine.tolist()), Fixed(theirs.tolist()), said, said)
     kl = float((mine * np.log(mine / theirs)).sum())
     assert found["kl"] == pytest.approx(kl * (7 + 2 + 4 + 4) / 4, rel=1e-5)
@@ -91,6 +95,21 @@ def test_the_ideal_is_the_tilted_distribution():
     p = math.exp(0.8) / (math.exp(0.8) + math.exp(-0.8))
     assert found["reward"] == pytest.approx(0.4 * p - 0.4 * (1 - p))
     assert found["kl"] == pytest.approx(p * math.log(2 * p) + (1 - p) * math.log(2 - 2 * p))
+
+
+def test_the_difference_from_dpo_at_equal_drift():
+    """red: interpolated over KL, not its root; beyond the last run; unpaired: the error of a mean."""
+    rows = []
+    for seed in (0, 10):
+        rows.append({"method": "reference", "beta": None, "seed": seed, "kl": 0.0, **dict.fromkeys(KEYS, seed)})
+        for method, gain in (("dpo", 1.0), ("kto", 1.5 + seed / 100)):
+            row = {"method": method, "beta": 0.1, "seed": seed, "kl": 1.0}
+            rows.append(row | dict.fromkeys(KEYS, seed + gain))
+    lines = controlled.frontier.at_equal_drift(rows).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[:3] for row in cells] == [["kto", "0.25", "2"], ["kto", "1", "2"]]
+    assert cells[0][3] == "+0.275 (-0.043 to +0.593)"  # 0.25 and 0.3: 0.275 and 12.706 times 0.025
+    assert cells[1][3].startswith("+0.550 (")
 
 
 def drive(tmp_path):
