@@ -75,11 +75,12 @@ METHODS = {
     "ra_dpo1_erm_1": "--loss ra_dpo1 --risk erm --risk-aversion 1",
     "ra_dpo1_erm_5": "--loss ra_dpo1 --risk erm --risk-aversion 5",
 }
-BETAS = (0.1, 0.3, 1.0, 3.0)
-QUICK_BETAS = (0.3, 1.0)
-IDEAL_BETAS = (0.7, 1.0, 1.5, 2.0, 4.0)
+BETAS = (0.03, 0.1, 0.3, 1.0)
+QUICK_BETAS = (0.1, 0.3)
+IDEAL_BETAS = (0.5, 0.7, 1.0, 1.5, 2.0, 4.0)
 SEEDS = 5
 HELD_OUT = 400  # pairs
+LR = 3e-4  # at 1e-3 dpo forgets where sentences end
 UNARY = 2  # responses of a pair: kto's batches count those
 
 TOPICS = "river market garden harbour winter school forest journey".split()
@@ -220,7 +221,7 @@ def speak(lm: Any, number: int, seed: int) -> Sentences:
     for start in range(0, number, 1000):
         some = range(start, min(start + 1000, number))
         prompts, seeds = [prompt(topics[one]) for one in some], [seed * 10_000_019 + one for one in some]
-        ids += generation.generate(lm, prompts, seeds, [WORDS.index(END)], generation.Sampling(LENGTH + 8))
+        ids += generation.generate(lm, prompts, seeds, [WORDS.index(END)], generation.Sampling(LENGTH))
     return Sentences(ids, topics, np.array([reward([WORDS[id] for id in said]) for said in ids]))
 
 
@@ -317,7 +318,7 @@ def run(method: str, beta: float, seed: int, place: Path, out: Path, steps: int)
     """Align from the SFT model of a seed; what align.py says of the held-out pairs at the end."""
     batch = 32 * (UNARY if method == "kto" else 1)
     how = f"{METHODS[method]} --beta {beta:g} --steps {steps} --batch-size {batch} --seed {seed}"
-    how += f" --lr 1e-3 --warmup-steps 20 --eval-examples {HELD_OUT}"
+    how += f" --lr {LR:g} --warmup-steps 20 --eval-examples {HELD_OUT}"
     paths = {"model": place / "sft" / "final", "token_cache": place.parent / "tokens"}
     paths |= {"data": place / "train.jsonl", "eval_data": place / "test.jsonl"}
     script(align.main, how, out, **paths)

@@ -5,7 +5,7 @@
     at_equal_drift    differences from dpo at the same drift, seed by seed, with intervals
     figure            what was gained against the drift it took, a line a method through its betas
 
-Used by controlled.py, whose docstring says what the numbers are.
+Used by controlled.py, whose docstring says what the numbers of the figure are, and compare.py.
 """
 
 import json
@@ -31,7 +31,7 @@ MEASURES = {  # key of a row -> heading, format
     "kl_rejected": ("seq. KL rejected", ".3f"),
     "seconds": ("seconds a run", ".0f"),
 }
-DRIFTS = (0.25, 1.0, 4.0)  # nats, at which methods are compared
+DRIFTS = (0.1, 0.3, 0.8)  # nats, at which methods are compared
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, by seeds less 2
 PANELS = (("reward", "mean reward"), ("tail", "mean reward of the worst 5 %"), ("ruin", "P(ruin), %"))
 LINES = {  # Okabe and Ito, by family; the line says which of it
@@ -84,7 +84,7 @@ def by_method(rows: Iterable[Row]) -> dict[str, dict[float | None, list[Row]]]:
     """Method -> beta, the largest first -> the rows of its seeds; in the order of LINES."""
     found: dict[str, dict] = {name: {} for name in ("reference", *LINES)}
     for row in sorted(rows, key=lambda row: (-(row["beta"] or 0), row["seed"])):
-        found[row["method"]].setdefault(row["beta"], []).append(row)
+        found.setdefault(row["method"], {}).setdefault(row["beta"], []).append(row)
     return {name: betas for name, betas in found.items() if betas}
 
 
@@ -93,14 +93,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def table(rows: Iterable[Row]) -> str:
-    """As Markdown: mean and, in brackets, standard error over seeds."""
-    lines = ["| method | beta | seeds | " + " | ".join(title for title, _ in MEASURES.values()) + " |"]
-    lines.append("|---" * (len(MEASURES) + 3) + "|")
+def table(rows: Iterable[Row], columns: dict[str, tuple[str, str]] = MEASURES) -> str:
+    """As Markdown: mean and, in brackets, standard error over seeds; of each column heading and format."""
+    lines = ["| method | beta | seeds | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
     for method, betas in by_method(rows).items():
         for beta, found in betas.items():
             cells = []
-            for key, (_, form) in MEASURES.items():
+            for key, (_, form) in columns.items():
                 values = [row[key] for row in found if key in row]
                 mean, error = mean_and_error(values) if values else (math.nan, math.nan)
                 cells.append("" if math.isnan(mean) else format(mean, form))
