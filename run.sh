@@ -17,7 +17,7 @@ bash run.sh loop       three rounds of sample, label, align on the tiny model's 
                        runs/loop/samples.html, the answers before and after each round (SEED=1, LOSS=ra_dpo1)
 bash run.sh controlled 11 methods in a world whose reward is known, rare catastrophes included: reward, its lower tail and
                        P(ruin) against drift, 4 betas, 5 seeds, into bench/results; what is there is not run again
-                       (--quick: one seed, two betas; --results FILE: begin anew there)
+                       (--quick: 6 methods, 2 betas, 1 seed; --results FILE: begin anew there)
 bash run.sh compare    13 methods on SmolLM2-135M and the HH sample: rates chosen on dev, 3 to 5 seeds, three betas of
                        three methods, into bench/results (hours; goes on where it stopped; --quick: that it runs)
 bash run.sh imdb       the published experiment on sentiment: SFT of GPT-2 Large on IMDb, samples, a classifier's

@@ -1,7 +1,7 @@
 """A world where the truth is known: what a method gains, and what it risks, for its drift.
 
-    bash run.sh controlled                 everything: 11 methods, 4 betas, 5 seeds; about an hour of one core
-    bash run.sh controlled --quick         one seed, two betas: under 5 minutes
+    bash run.sh controlled                 everything: 11 methods, 4 betas, 5 seeds; over an hour of one core
+    bash run.sh controlled --quick         6 methods, 2 betas, one seed: under 5 minutes
     python examples/controlled.py --methods dpo ra_dpo1_cvar_0.1 --betas 0.3 --seeds 0 1
 
 Sentences are three clauses "subject manner verb object". Each word is worth something on its own, bold
@@ -75,6 +75,7 @@ METHODS = {
     "ra_dpo1_erm_1": "--loss ra_dpo1 --risk erm --risk-aversion 1",
     "ra_dpo1_erm_5": "--loss ra_dpo1 --risk erm --risk-aversion 5",
 }
+QUICK = ("dpo", "kto", "tdpo2", "ra_dpo1_cvar_0.1", "ra_dpo2_cvar_0.98", "ra_dpo2_cvar_0.1")
 BETAS = (0.03, 0.1, 0.3, 1.0)
 QUICK_BETAS = (0.1, 0.3)
 IDEAL_BETAS = (0.5, 0.7, 1.0, 1.5, 2.0, 4.0)
@@ -363,8 +364,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     made.error = lambda message: config.fail(message)
     add = made.add_argument
     # fmt: off
-    add("--quick", action="store_true", help="one seed and two betas, of the same settings")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--quick", action="store_true", help="six methods, two betas, one seed, of the same settings")
+    add("--methods", nargs="+", choices=METHODS, default=None, help="None: all, or six with --quick")
     add("--betas", nargs="+", type=config.positive, default=None, help=f"of the losses; None: {BETAS}")
     add("--seeds", nargs="+", type=config.count_or_zero, default=None, help=f"None: 0 to {SEEDS - 1}")
     add("--sentences", type=config.count, default=8000, help="of SFT")
@@ -375,6 +376,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--results", type=Path, default=here / "bench/results/controlled.jsonl", help="rows")
     # fmt: on
     args = made.parse_args(argv)
+    args.methods = args.methods or list(QUICK if args.quick else METHODS)
     args.betas = args.betas or (QUICK_BETAS if args.quick else BETAS)
     args.seeds = args.seeds or ([0] if args.quick else list(range(SEEDS)))
     return args
