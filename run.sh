@@ -15,6 +15,11 @@ bash run.sh test       set up, then the test suite on two cores (WORKERS=8: on m
 bash run.sh setup      only make .venv and install requirements.txt
 bash run.sh loop       three rounds of sample, label, align on the tiny model's own answers: a table, a figure and
                        runs/loop/samples.html, the answers before and after each round (SEED=1, LOSS=ra_dpo1)
+bash run.sh controlled 11 methods in a world whose reward is known, rare catastrophes included: reward, its lower tail and
+                       P(ruin) against drift, 4 betas, 5 seeds, into bench/results; what is there is not run again
+                       (--quick: 6 methods, 2 betas, 1 seed; --results FILE: begin anew there)
+bash run.sh compare    13 methods on SmolLM2-135M and the HH sample: rates chosen on dev, 3 to 5 seeds, three betas of
+                       three methods, into bench/results (hours; goes on where it stopped; --quick: that it runs)
 bash run.sh imdb       the published experiment on sentiment: SFT of GPT-2 Large on IMDb, samples, a classifier's
                        preferences, dpo, tdpo and ra_dpo at three levels, their samples' scores (GPUs; --small: a trial)
 bash run.sh bench      every table of bench/README.md on SmolLM2-135M: about half an hour on 2 cores, into runs/bench
@@ -144,6 +149,8 @@ case "$mode" in
     setup) setup ;;
     demo) setup && demo ;;
     loop) setup && loop ;;
+    controlled) setup && OMP_NUM_THREADS=1 .venv/bin/python examples/controlled.py "$@" ;;
+    compare) setup && smollm2 && .venv/bin/python examples/compare.py "$@" ;;
     imdb) setup && imdb "$@" ;;
     # a file is one process's, for its tests share what they have trained
     test) setup && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n "${WORKERS:-2}" --dist loadfile "$@" ;;

@@ -1,0 +1,225 @@
+"""Methods compared on a real model and real preferences: SmolLM2-135M on the HH harmless sample, with seeds.
+
+    bash run.sh compare            the whole plan, many hours; stopped, the same command goes on
+    bash run.sh compare --quick    three methods, one seed, a few steps: that it runs, nothing else
+    python examples/compare.py --methods dpo tdpo2 --seeds 0 1 --model DIR
+
+In this order, each piece skipped where its row is in --results:
+
+    1. the training rows are split by prompt into train and dev; SFT on the chosen answers of train
+    2. each method at beta 0.1, seed 0, half of the steps, at three learning rates: the rate is the one
+       with the best accuracy on dev, of equals the smallest. Dev has 240 pairs, so two rates less than
+       0.04 apart are not told apart
+    3. each method at its rate, beta 0.1: five seeds of dpo, tdpo1, tdpo2 and ra_dpo1_cvar_0.97, three of
+       the rest
+    4. dpo, tdpo2 and ra_dpo1_cvar_0.97 at other betas, with one seed, for a frontier
+
+All from the same SFT model with the same number of steps and pairs a step, 10 % of them warm-up. The
+reference's hidden states are computed once and kept (--cache-reference). Whatever a model was trained with,
+it is measured alike, in fp32, on the test rows: reward = log pi(y) - log pi_ref(y), so that accuracies
+compare; KL(reference || policy) and its CVaR at 5 % in nats, summed over the answer. The standard error of
+an accuracy of 360 pairs is 0.026, that of a difference between two models on the same pairs is smaller. A
+seed is an order of the data; the model and the rows do not change, so the spread over seeds is not that
+over samples of preferences.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterable, Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import align  # noqa: E402
+import config  # noqa: E402
+import frontier  # noqa: E402
+import sft  # noqa: E402
+
+METHODS = {
+    "dpo": "--loss dpo",
+    "kto": "--loss kto",
+    "tdpo1": "--loss tdpo1",
+    "tdpo2": "--loss tdpo2",
+    **{
+        f"ra_dpo1_cvar_{level}": f"--loss ra_dpo1 --risk cvar --confidence-level {level}"
+        for level in (0.97, 0.98, 0.99, 0.5, 0.1)
+    },
+    "ra_dpo2_cvar_0.97": "--loss ra_dpo2 --risk cvar --confidence-level 0.97",
+    **{f"ra_dpo1_erm_{mu}": f"--loss ra_dpo1 --risk erm --risk-aversion {mu}" for mu in (1, 5)},
+    "ra_dpo1_published_0.98": "--loss ra_dpo1 --risk published --confidence-level 0.98",
+}
+MAIN = ("dpo", "tdpo1", "tdpo2", "ra_dpo1_cvar_0.97")
+SWEPT = ("dpo", "tdpo2", "ra_dpo1_cvar_0.97")
+QUICK = ("dpo", "tdpo2", "ra_dpo1_cvar_0.97")
+BETA = 0.1
+OTHER_BETAS = (0.03, 0.3, 1.0)
+RATES = (2e-6, 5e-6, 1e-5)
+DEV = 8  # one prompt of so many
+PAIRS = 8  # of a step
+LENGTHS = "--max-length 256 --max-prompt-length 128"
+MEASURE = "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1 --steps 0 --dtype float32"
+LOGGED = {  # of align.py -> of a row
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "kl/chosen": "kl_chosen",
+    "kl/rejected": "kl_rejected",
+    "risk/chosen": "cvar_chosen",
+    "risk/rejected": "cvar_rejected",
+}
+COLUMNS = {
+    "accuracy": ("held-out accuracy", ".3f"),
+    "margin": ("margin, nats", ".3f"),
+    "kl_chosen": ("KL chosen", ".3f"),
+    "kl_rejected": ("KL rejected", ".3f"),
+    "cvar_chosen": ("CVaR 5 % chosen", ".2f"),
+    "cvar_rejected": ("CVaR 5 % rejected", ".2f"),
+    "lr": ("learning rate", ".0e"),
+    "seconds": ("seconds a run", ".0f"),
+}
+
+
+def split(source: Path, out: Path, rows: int | None) -> None:
+    """train.jsonl and dev.jsonl of the first so many training rows: a prompt is in one of them."""
+    if (out / "train.jsonl").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, list[str]] = {"dev": [], "train": []}  # train is written last
+    for line in source.read_text(encoding="utf-8").splitlines()[:rows]:
+        prompt = json.dumps(json.loads(line)["prompt"])
+        held = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % DEV == 0
+        parts["dev" if held else "train"].append(line + "\n")
+    for name, lines in parts.items():
+        beside = out / f".{name}.tmp"
+        beside.write_text("".join(lines), encoding="utf-8")
+        beside.replace(out / f"{name}.jsonl")
+
+
+def script(main: Callable, command: str, out: Path, **paths: Path) -> dict[str, Any]:
+    """A script in this process, to its end, going on where it was killed; the last row that it logged. What
+    it says goes to out.log."""
+    flags = [*command.split(), "--out", str(out), "--resume", "auto"]
+    for name, path in paths.items():
+        flags += [f"--{name.replace('_', '-')}", str(path)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        main(flags)
+    return json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+
+def settings(args: argparse.Namespace, steps: int, judged: str) -> dict[str, Any]:
+    """What rows must have in common to be compared."""
+    shared = {"model": args.model.name, "rows": args.rows, "sft_steps": args.sft_steps}
+    return shared | {"steps": steps, "judged": judged, "eval_pairs": args.eval_pairs}
+
+
+def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args: argparse.Namespace) -> None:
+    """One alignment run and its measure on the rows `judged`, as a row of results; its model is deleted."""
+    method, beta, seed = key
+    told = settings(args, steps, judged) | {"lr": rate}
+    if key in frontier.read(args.results, told):
+        return
+    began, out = time.perf_counter(), args.out / f"{method}-{beta:g}-{rate:g}-{seed}-{steps}"
+    start, cache = args.out / "sft" / "final", args.out / "reference"
+    rows = {"dev": args.out / "dev.jsonl", "test": ROOT / "examples" / "hh_test.jsonl"}
+    batch = PAIRS * (2 if method == "kto" else 1)  # it counts responses
+    how = f"{METHODS[method]} --beta {beta:g} --lr {rate:g} --steps {steps}"
+    how += f" --warmup-steps {max(1, steps // 10)} --batch-size {batch}"
+    how += f" --seed {seed} {LENGTHS} --save-every 50 --log-every 10"
+    script(align.main, how, out / "run", model=start, data=args.out / "train.jsonl", cache_reference=cache)
+    paths = {"model": out / "run" / "final", "reference": start, "cache_reference": cache}
+    paths |= {"data": args.out / "dev.jsonl", "eval_data": rows[judged]}
+    how = f"{MEASURE} {LENGTHS} --eval-examples {args.eval_pairs}"
+    found = script(align.main, how, out / "measured", **paths)
+    row = {"method": method, "beta": beta, "seed": seed} | told
+    row |= {name: found[key] for key, name in LOGGED.items()} | {"seconds": time.perf_counter() - began}
+    frontier.add(args.results, row)
+    shutil.rmtree(out)
+    said = "  ".join(f"{name} {row[name]:.3f}" for name in ("accuracy", "kl_chosen", "kl_rejected"))
+    said += f"  {row['seconds']:.0f} s"
+    config.tell(f"{method}  beta {beta:g}  lr {rate:g}  seed {seed}  {judged}:  {said}")
+
+
+def chosen_rate(method: str, args: argparse.Namespace) -> float:
+    """The learning rate with the best accuracy on dev, of equals the smallest."""
+    if len(args.rates) == 1:
+        return args.rates[0]
+    steps = max(1, args.steps // 2)
+    best = {}
+    for rate in sorted(args.rates):
+        run((method, BETA, 0), rate, steps, "dev", args)
+        told = settings(args, steps, "dev") | {"lr": rate}
+        best[rate] = frontier.read(args.results, told)[method, BETA, 0]["accuracy"]
+    return max(best, key=best.get)
+
+
+def plan(args: argparse.Namespace) -> Iterable[tuple[str, float, int]]:
+    """(method, beta, seed) of step 3 seed by seed, so that what is there can be compared, and of step 4."""
+    for seed in args.seeds:
+        for method in args.methods:
+            if method in MAIN or seed < 3:
+                yield method, BETA, seed
+    for beta in args.betas:
+        for method in args.methods:
+            if method in SWEPT:
+                yield method, beta, args.seeds[0]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    made.error = lambda message: config.fail(message)
+    add = made.add_argument
+    # fmt: off
+    add("--quick", action="store_true", help="three methods, one seed, one rate, one beta, few steps")
+    add("--methods", nargs="+", choices=METHODS, default=None, help="None: all, or three with --quick")
+    add("--seeds", nargs="+", type=config.count_or_zero, default=None, help="None: 0 to 4")
+    add("--betas", nargs="*", type=config.positive, default=None, help=f"None: {OTHER_BETAS}")
+    add("--rates", nargs="+", type=config.positive, default=None, help=f"to choose from; None: {RATES}")
+    add("--steps", type=config.count, default=None, help=f"of {PAIRS} pairs; None: 100, or 20 with --quick")
+    add("--sft-steps", type=config.count, default=None, help="None: 200, or 20 with --quick")
+    add("--rows", type=config.count, default=None, help="of training; None: all, or 240 with --quick")
+    add("--eval-pairs", type=config.count, default=None, help="measured; None: 360, or 64 with --quick")
+    add("--model", type=Path, default=ROOT / "models" / "smollm2", help="examples/get_smollm2.py makes it")
+    add("--out", type=Path, default=None, help="models, caches; None: runs/compare, or compare_quick")
+    add("--results", type=Path, default=None, help="rows; None: bench/results/compare.jsonl, or in --out")
+    # fmt: on
+    args = made.parse_args(argv)
+    quick = args.quick
+    args.methods = args.methods or list(QUICK if quick else METHODS)
+    args.seeds = args.seeds or ([0] if quick else [0, 1, 2, 3, 4])
+    args.betas = args.betas if args.betas is not None else [] if quick else OTHER_BETAS
+    args.rates = args.rates or ([5e-6] if quick else RATES)
+    args.steps = args.steps or (20 if quick else 100)
+    args.sft_steps = args.sft_steps or (20 if quick else 200)
+    args.rows = args.rows or (240 if quick else None)
+    args.eval_pairs = args.eval_pairs or (64 if quick else 360)
+    args.out = args.out or ROOT / "runs" / ("compare_quick" if quick else "compare")
+    args.results = args.results or (args.out if quick else ROOT / "bench" / "results") / "compare.jsonl"
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with config.user_errors():
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        split(ROOT / "examples" / "hh_train.jsonl", args.out, args.rows)
+        how = f"--steps {args.sft_steps} --batch-size {PAIRS} --lr 1e-5 --warmup-steps 20 {LENGTHS}"
+        if not (args.out / "sft" / "final").is_dir():
+            script(sft.main, how, args.out / "sft", model=args.model, data=args.out / "train.jsonl")
+        rates = {method: chosen_rate(method, args) for method in args.methods}
+        for key in plan(args):
+            run(key, rates[key[0]], args.steps, "test", args)
+        rows = frontier.read(args.results, settings(args, args.steps, "test")).values()
+        rows = [row for row in rows if row["lr"] == rates.get(row["method"])]
+        said = frontier.table(rows, COLUMNS)
+        args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
+    config.tell(said)
+
+
+if __name__ == "__main__":
+    main()

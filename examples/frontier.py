@@ -1,0 +1,196 @@
+"""Results of many runs by method, beta and seed: kept line by line, shown as a table and as a frontier.
+
+    add, read         a row a run, in a JSONL file; what is there need not be run again
+    table             means and standard errors over seeds, as Markdown
+    at_equal_drift    differences from dpo at the same drift, seed by seed, with intervals
+    figure            what was gained against the drift it took, a line a method through its betas
+
+Used by controlled.py, whose docstring says what the numbers of the figure are, and compare.py.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Iterable, Sequence
+
+import config
+import numpy as np
+
+Row = dict[str, Any]
+MEASURES = {  # key of a row -> heading, format
+    "reward": ("mean reward", ".3f"),
+    "tail": ("worst 5 %", ".2f"),
+    "ruin": ("P(ruin), %", ".2f"),
+    "bold": ("bold words", ".2f"),
+    "win": ("win rate", ".3f"),
+    "kl": ("KL to reference", ".3f"),
+    "accuracy": ("held-out accuracy", ".3f"),
+    "kl_chosen": ("seq. KL chosen", ".3f"),
+    "kl_rejected": ("seq. KL rejected", ".3f"),
+    "seconds": ("seconds a run", ".0f"),
+}
+DRIFTS = (0.1, 0.3, 0.8)  # nats, at which methods are compared
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, by seeds less 2
+PANELS = (("reward", "mean reward"), ("tail", "mean reward of the worst 5 %"), ("ruin", "P(ruin), %"))
+LINES = {  # Okabe and Ito, by family; the line says which of it
+    "dpo": ("#000000", "-"),
+    "kto": ("#999999", "-"),
+    "tdpo1": ("#0072b2", "-"),
+    "tdpo2": ("#0072b2", "--"),
+    "ra_dpo1_cvar_0.98": ("#e69f00", "-"),
+    "ra_dpo1_cvar_0.5": ("#d55e00", "-"),
+    "ra_dpo1_cvar_0.1": ("#cc79a7", "-"),
+    "ra_dpo2_cvar_0.98": ("#e69f00", "--"),
+    "ra_dpo2_cvar_0.1": ("#cc79a7", "--"),
+    "ra_dpo1_erm_1": ("#009e73", "-"),
+    "ra_dpo1_erm_5": ("#56b4e9", "-"),
+    "ideal": ("#000000", ":"),
+}
+
+
+def add(path: Path, row: Row) -> None:
+    """A line at the end of the results, on the disk before the next run."""
+    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(rounded) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path, settings: dict[str, int]) -> dict[tuple, Row]:
+    """The rows of these settings by (method, beta, seed). A last line that a kill has cut short is cut off.
+
+    Raises ValueError at file:line for what is no row.
+    """
+    found = {}
+    written = path.read_bytes() if path.exists() else b""
+    whole = written[: written.rfind(b"\n") + 1]
+    if len(whole) < len(written):
+        os.truncate(path, len(whole))
+    for number, line in enumerate(whole.decode().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            key = row["method"], row["beta"], row["seed"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a row of results") from error
+        if settings.items() <= row.items():
+            found[key] = row
+    return found
+
+
+def by_method(rows: Iterable[Row]) -> dict[str, dict[float | None, list[Row]]]:
+    """Method -> beta, the largest first -> the rows of its seeds; in the order of LINES."""
+    found: dict[str, dict] = {name: {} for name in ("reference", *LINES)}
+    for row in sorted(rows, key=lambda row: (-(row["beta"] or 0), row["seed"])):
+        found.setdefault(row["method"], {}).setdefault(row["beta"], []).append(row)
+    return {name: betas for name, betas in found.items() if betas}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """With the standard error over seeds; NaN for one seed."""
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def table(rows: Iterable[Row], columns: dict[str, tuple[str, str]] = MEASURES) -> str:
+    """As Markdown: mean and, in brackets, standard error over seeds; of each column heading and format."""
+    lines = ["| method | beta | seeds | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
+    for method, betas in by_method(rows).items():
+        for beta, found in betas.items():
+            cells = []
+            for key, (_, form) in columns.items():
+                values = [row[key] for row in found if key in row]
+                mean, error = mean_and_error(values) if values else (math.nan, math.nan)
+                cells.append("" if math.isnan(mean) else format(mean, form))
+                cells[-1] += "" if math.isnan(error) else f" ({error:{form}})"
+            lines.append(f"| {method} | {beta or ''} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def at_equal_drift(rows: Iterable[Row]) -> str:
+    """As Markdown: how far the curve of a method lies above dpo's at the same KL(policy || reference), mean
+    over seeds and 95 % interval (Student's t on the differences by seed). A curve joins the reference and a
+    seed's runs by lines over the root of KL; it is not drawn on beyond its last run."""
+    rows = list(rows)
+    names = " | ".join(f"{MEASURES[key][0]}" for key, _ in PANELS)
+    lines = [f"| method, less dpo | KL | seeds | {names} |", "|---" * (len(PANELS) + 3) + "|"]
+    for method in [name for name in LINES if name not in ("dpo", "ideal")]:
+        for drift in DRIFTS:
+            cells, number = [], 0
+            for key, _ in PANELS:
+                ours, theirs = (_on_curve(rows, name, key, drift) for name in (method, "dpo"))
+                found = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+                number = len(found)
+                mean, error = mean_and_error(found) if found else (math.nan, math.nan)
+                half = STUDENT[min(number, 10) - 2] * error
+                interval = f" ({mean - half:+.3f} to {mean + half:+.3f})" if number > 1 else ""
+                cells.append(f"{mean:+.3f}{interval}")
+            if number:
+                lines.append(f"| {method} | {drift:g} | {number} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _on_curve(rows: Iterable[Row], method: str, key: str, drift: float) -> dict[int, float]:
+    """What a method has at a drift, by seed, where its runs reach so far."""
+    curves: dict[int, list] = {}
+    for row in rows:
+        if row["method"] in (method, "reference"):
+            curves.setdefault(row["seed"], []).append((math.sqrt(max(row["kl"], 0.0)), row[key]))
+    found = {}
+    for seed, points in curves.items():
+        roots, values = zip(*sorted(points))
+        if roots[-1] ** 2 >= drift:
+            found[seed] = float(np.interp(math.sqrt(drift), roots, values))
+    return found
+
+
+def figure(rows: Iterable[Row], path: Path) -> None:
+    """Each measure against KL(policy || reference), a line a method through its betas, mean and band of one
+    standard error over seeds, the names at the right: PNG and SVG."""
+    try:
+        import matplotlib
+    except ImportError:
+        config.fail("the figure needs matplotlib", right="pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = by_method(rows)
+    start = found.pop("reference")[None]
+    made, axes = pyplot.subplots(1, len(PANELS), figsize=(6.2 * len(PANELS), 5.2))
+    for panel, (key, title) in zip(axes, PANELS):
+        ends = []
+        for method, betas in found.items():
+            points = [[fmean(row[name] for row in some) for name in ("kl", key)] for some in betas.values()]
+            drift, middle = zip([0.0, fmean(row[key] for row in start)], *points)
+            errors = [mean_and_error([row[key] for row in some])[1] for some in (start, *betas.values())]
+            errors = np.nan_to_num(np.array(errors))
+            colour, line = LINES[method]
+            panel.plot(drift, middle, line, color=colour, marker=".", linewidth=1.4)
+            panel.fill_between(drift, middle - errors, middle + errors, color=colour, alpha=0.12, linewidth=0)
+            ends.append((middle[-1], drift[-1], method, colour))
+        panel.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        panel.set_xlim(left=0)
+        _name(panel, ends)
+        panel.set_xlabel("KL(policy || reference), nats a sentence; root scale")
+        panel.set_title(title, loc="left", fontsize=11)
+        panel.spines[["top", "right"]].set_visible(False)
+    made.tight_layout()
+    for form in ("png", "svg"):
+        made.savefig(path.with_suffix(f".{form}"), dpi=110)
+    pyplot.close(made)
+
+
+def _name(panel: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Each line's name in a column at the right, as high as its end is, but no two in one place."""
+    low, high = panel.get_ylim()
+    gap, heights = 0.053 * (high - low), []
+    for height, *_ in sorted(ends):
+        heights.append(max(height, heights[-1] + gap) if heights else height)
+    for index in reversed(range(len(heights))):  # down again from the top of the panel
+        heights[index] = min(heights[index], heights[index + 1] - gap if heights[index + 1 :] else high)
+    for (height, drift, method, colour), place in zip(sorted(ends), heights):
+        end = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.5}
+        how = {"textcoords": ("axes fraction", "data"), "annotation_clip": False, "arrowprops": end}
+        panel.annotate(method, (drift, height), (1.02, place), color=colour, fontsize=8, va="center", **how)

@@ -1,0 +1,181 @@
+"""The world where the truth is known: examples/controlled.py, driven at its smallest, and its measures
+against formulas.
+
+`red:` names a change of the code that turns a test red.
+"""
+
+import json
+import math
+import random
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(ROOT / "examples"))
+import compare  # noqa: E402
+import controlled  # noqa: E402
+
+SMALL = (
+    "--methods dpo ra_dpo2_cvar_0.1 --betas 0.3 --seeds 0 --sentences 256 --pairs 64 --steps 3 --samples 128"
+)
+
+
+KEYS = ("reward", "tail", "ruin")
+
+
+class Fixed(torch.nn.Module):
+    """A model that says each word with the same probability everywhere."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.logps = torch.tensor(probabilities).log()
+
+    def forward(self, ids):
+        return type("Out", (), {"logits": self.logps.expand(*ids.shape, -1) + 3.0})
+
+
+def sentences(said):
+    ids = [[controlled.WORDS.index(word) for word in words.split()] for words in said]
+    rewards = np.array([controlled.reward(words.split()) for words in said])
+    return controlled.Sentences(ids, [number // 2 % 8 for number in range(len(said))], rewards)
+
+
+def test_the_world_is_what_it_says():
+    """red: any verb makes a ruin; a bold word worth nothing; COST 1."""
+    draw = random.Random(0)
+    said = [controlled.sentence(number % 8, draw) for number in range(12_000)]
+    assert 0.014 < np.mean([controlled.ruins(words) > 0 for words in said]) < 0.022
+    assert all(len(words) + 1 == controlled.LENGTH and set(words) <= set(controlled.WORDS) for words in said)
+    assert controlled.ruins("farmer madly opens door and child gently opens door .".split()) == 1
+    bold = [sum(word in controlled.BOLD for word in words) for words in said]
+    means = [np.mean([controlled.reward(w) for w, b in zip(said, bold) if b == n]) for n in (0, 1, 2)]
+    assert means[0] < means[1] < means[2]  # by its mean a bold word pays,
+    tails = [
+        controlled.scoring.lower_tail(np.array([controlled.reward(w) for w, b in zip(said, bold) if b == n]))
+        for n in (0, 1, 2)
+    ]
+    assert tails[0] > tails[1] > tails[2]  # by the worst 5 % it does not
+
+
+def test_preferences_are_drawn_by_the_difference_of_rewards():
+    """red: -difference; the better one always."""
+    good, bad = "farmer madly takes door .", "farmer gently takes door ."  # 0.9 apart
+    rows = controlled.preferences(sentences([good, bad] * 2000), seed=0)
+    share = np.mean([row["chosen"] == good for row in rows])
+    assert abs(share - 1 / (1 + math.exp(-0.9))) < 0.03
+    assert {row["prompt"] for row in rows} == set(controlled.TOPICS)
+
+
+def test_measures_against_the_formulas():
+    """red: the drift under the reference's words; a second ruin counted; calm words risky; no end."""
+    size = len(controlled.WORDS)
+    mine, theirs = np.full(size, 0.25 / (size - 2)), np.full(size, 1 / size)
+    for word in controlled.RISKY_OBJECTS:
+        mine[controlled.WORDS.index(word)] = 0.375
+    said = ["madly opens door madly opens boat", "door", "boldly breaks bread", "gently opens door"]
+    said = sentences(said)
+    found = controlled.measure(Fixed(mine.tolist()), Fixed(theirs.tolist()), said, said)
+    kl = float((mine * np.log(mine / theirs)).sum())
+    assert found["kl"] == pytest.approx(kl * (7 + 2 + 4 + 4) / 4, rel=1e-5)
+    assert found["ruin"] == pytest.approx(100 * 0.75 * 2 / 4, rel=1e-5)
+    assert found["bold"] == 3 / 4
+    assert found["reward"] == pytest.approx(said.rewards.mean())
+    assert found["tail"] == pytest.approx(said.rewards.min()) and said.rewards.min() < -16
+    assert found["win"] == 0.5  # against itself
+    better = sentences(["door", "door", "boldly opens rope", "boldly opens rope"])
+    assert controlled.win_rate(better, said) == (0.75 + 1) / 2  # a tie and a win, two wins
+
+
+def test_the_ideal_is_the_tilted_distribution():
+    """red: weights that are not normalised; exp(r * beta)."""
+    said = sentences(["door", "bread"] * 50)  # worth 0.4 and -0.4 under a fair coin
+    found = controlled.ideal(said, beta=0.5)
+    p = math.exp(0.8) / (math.exp(0.8) + math.exp(-0.8))
+    assert found["reward"] == pytest.approx(0.4 * p - 0.4 * (1 - p))
+    assert found["kl"] == pytest.approx(p * math.log(2 * p) + (1 - p) * math.log(2 - 2 * p))
+
+
+def test_the_difference_from_dpo_at_equal_drift():
+    """red: interpolated over KL, not its root; beyond the last run; unpaired: the error of a mean."""
+    rows = []
+    for seed in (0, 10):
+        row = {"method": "reference", "beta": None, "seed": seed, "kl": 0.0}
+        rows.append(row | dict.fromkeys(KEYS, seed))
+        for method, gain in (("dpo", 1.0), ("kto", 1.5 + seed / 100)):
+            row = {"method": method, "beta": 0.1, "seed": seed, "kl": 0.4}
+            rows.append(row | dict.fromkeys(KEYS, seed + gain))
+    lines = controlled.frontier.at_equal_drift(rows).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[:3] for row in cells] == [["kto", f"{kl:g}", "2"] for kl in (0.1, 0.3)]
+    assert cells[0][3] == "+0.275 (-0.043 to +0.593)"  # 0.25 and 0.3: 0.275 and 12.706 times 0.025
+    assert cells[1][3].startswith(f"{0.55 * 0.75**0.5:+.3f} (")
+
+
+def drive(tmp_path):
+    controlled.main([*SMALL.split(), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "c.jsonl")])
+
+
+def test_two_methods_end_to_end(tmp_path, capsys):
+    """red: what is there is run again; what a kill has cut short stays; beta does not reach align.py."""
+    drive(tmp_path)
+    results = tmp_path / "c.jsonl"
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    methods = [row["method"] for row in rows if row["method"] != "ideal"]
+    assert methods == ["reference", "dpo", "ra_dpo2_cvar_0.1"]
+    for row in rows[-2:]:
+        assert row["kl"] > 1e-5 and 0 <= row["win"] <= 1 and row["tail"] <= row["reward"]
+        assert row["kl_chosen"] > 0 and 0 <= row["accuracy"] <= 1
+    assert rows[-3]["kl"] == 0
+    assert rows[-1]["kl"] != rows[-2]["kl"]
+    for form in ("png", "svg", "md"):
+        assert results.with_suffix(f".{form}").stat().st_size > 500
+    # a second call runs what is missing: here a row that a kill has cut short
+    results.write_text(results.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    capsys.readouterr()
+    drive(tmp_path)
+    assert capsys.readouterr().out.count("seed 0  ") == 1
+    last = json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
+    assert last | {"seconds": 0} == rows[-1] | {"seconds": 0}
+    log = next(tmp_path.glob("out/*/seed-0/dpo-0.3.log")).read_text(encoding="utf-8")
+    assert "train step 2/3" in log
+
+
+def test_what_is_no_row_is_one_line(tmp_path, capsys):
+    """red: broken lines are skipped."""
+    (tmp_path / "c.jsonl").write_text('{"method": 1}\n', encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        drive(tmp_path)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("error: ") and said.count("\n") == 1 and "c.jsonl:1" in said
+
+
+def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
+    """red: dev rows trained on; a row that is there run again; the measure of another rate taken."""
+    start = tmp_path / "start"
+    shutil.copytree(ROOT / "examples" / "tiny", start)
+    small = {"hidden_size": 48, "intermediate_size": 32, "head_dim": 8, "num_hidden_layers": 1}
+    settings = AutoConfig.from_pretrained(start, **small)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(start)
+    command = "--methods dpo --seeds 0 --betas --rates 1e-3 1e-2 --steps 2 --sft-steps 1 "
+    command += "--rows 24 --eval-pairs 8 "
+    command += f"--model {start} --out {tmp_path / 'out'} --results {tmp_path / 'c.jsonl'}"
+    compare.main(command.split())
+    said = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["judged"], row["steps"]) for row in rows] == [("dev", 1), ("dev", 1), ("test", 2)]
+    best = max(rows[:2], key=lambda row: (row["accuracy"], -row["lr"]))
+    assert rows[2]["lr"] == best["lr"] and rows[2]["kl_chosen"] > 0
+    assert rows[2]["cvar_chosen"] > rows[2]["kl_chosen"]
+    train, dev = (
+        {line.partition('"chosen"')[0] for line in (tmp_path / "out" / name).read_text("utf-8").splitlines()}
+        for name in ("train.jsonl", "dev.jsonl")
+    )
+    assert train and dev and not train & dev
+    compare.main(command.split())
+    assert capsys.readouterr().out.splitlines() == said[3:]  # the table alone
