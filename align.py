@@ -334,8 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         delta = running_mean(running, device)  # ()
         leave(step)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
-            row = judge(delta, lambda: leave(step))
-            log(row | {"step": step})
+            log(judge(delta, lambda: leave(step)) | {"step": step})
             show(step)
         if args.save_every and step % args.save_every == 0 and step > start:
             rundir.save(args, step, policy, optimizer, made, extra)
@@ -356,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # (B) gradient
         tallies = []
         for pack, twin, found in zip(packs, states, frozen):
+            policy.set_requires_gradient_sync(args.micro_batch_sync == "every" or pack is packs[-1])
             out, stats = forward(objective, policy, reference, pack, twin, found)
             if step == 0 and same_weights:
                 check_start(stats, references.TOLERANCE[args.dtype] if found else 0.0)
@@ -385,8 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if evaluated:
         delta = running_mean(running, device)  # ()
-        row = judge(delta, lambda: leave(total))
-        log(row | {"step": total})
+        log(judge(delta, lambda: leave(total)) | {"step": total})
         show(total)
     if total > 0:
         if args.save_every:

@@ -90,6 +90,7 @@ class Run(NamedTuple):
     drift: bool = False  # a gradient through kl or risk
     chunks: bool = True  # does the head project on the vocabulary? Not a reward model's
     cuda: bool = False
+    sync: str = "every"  # micro-batch, or the last: gradients are whole until then
 
 
 # ---- what a model is
@@ -213,11 +214,11 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     root, of_block = run.size * numbers(body.root), run.size * numbers(block)
     given, trainable = [w for w in body.root if w.trained], [w for w in block if w.trained]
     gradients = 4.0 * numbers(trained, run.ranks)
-    earlier = gradients if run.microbatches > 1 else 0.0
+    several, last = run.microbatches > 1, run.sync == "last"
+    earlier = several * (4.0 * numbers(trained) if last else gradients)
     kept, again = _activations(body, run)
     # hidden states: the reference's of a whole step, the policy's and their gradient
-    several = run.microbatches * (run.reference in TWINS) + 2
-    states = run.size * body.head[1] * run.tokens * several
+    states = run.size * body.head[1] * run.tokens * (run.microbatches * (run.reference in TWINS) + 2)
     always = {
         "weights": 4.0 * numbers(trained, run.ranks) + run.size * numbers(frozen, run.ranks),
         "moments": 8.0 * numbers(trained, run.ranks),
@@ -229,12 +230,12 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     # the same of the root, where a tied matrix has the embedding's gradient added to the head's; to shards of
     # earlier micro-batches new ones are added, which of one rank are what was to be sent
     tied = sum(weight.shape == body.head for weight in body.root) == 1
-    added = (run.microbatches > 1 and run.ranks > 1) / run.ranks
+    added = (several and not last and run.ranks > 1) / run.ranks
     ends = run.size * numbers(given) + matrix * tied + 4 * numbers(given) * (1 + added)
     moments = [  # gradients, gathered, activations, head
         (earlier, roots, kept + states, _head(body, run)),
         (earlier + back, roots + 2 * of_block, kept + states + again, matrix),
-        (gradients + ends, roots, states, 0.0),
+        (max(gradients, earlier) + ends, roots, states, 0.0),
     ]
     # On a CPU the end too: the model in fp32, whole or merged, and the piece that is written; the heap of the
     # steps is kept (fsdp.py), what they held in large blocks is not. Of a GPU that is the host's memory.
@@ -391,7 +392,7 @@ def _run(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, cud
     return Run(
         tokens, ranks, math.ceil(share / tokens), getattr(torch, args.dtype).itemsize,
         args.activation_checkpointing, reference, bool(objective and objective.through),
-        not (objective and objective.scores), cuda,
+        not (objective and objective.scores), cuda, args.micro_batch_sync,
     )  # fmt: skip
 
 

@@ -240,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         units = train.trained_tokens(counted)
         tallies = []
         for pack in packs:
+            policy.set_requires_gradient_sync(args.micro_batch_sync == "every" or pack is packs[-1])
             out = forward(policy, pack)
             # FSDP averages over ranks; the sum over all trained tokens of the step is divided by their number
             ((out.losses @ pack.weights[pack.response]) * (world_size / units)).backward()
