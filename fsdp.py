@@ -6,9 +6,9 @@ group of one. Each block is a unit, gathered for its forward and again for its b
 whose backward comes first; what is left (embeddings, head, last norm) is the root's unit and stays gathered
 from forward to backward, for the head is read between them.
 
-With `replicate` N (HSDP) ranks fall into N groups of neighbours. Each group holds the whole model in shards, as
-all ranks do else: blocks are gathered within it, and gradients, reduced to shards there, are summed over the
-groups.
+With `replicate` N (HSDP) ranks fall into N groups of neighbours. Each group holds the whole model in shards,
+as all ranks do else: blocks are gathered within it, and gradients, reduced to shards there, are summed over
+the groups.
 
 Left out: tensor, pipeline and expert parallelism; optimiser states on the CPU.
 """

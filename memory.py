@@ -10,10 +10,10 @@
     refuse    the start of a run: what it needs in one line, and none that cannot fit
 
 Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equal pieces, the last one
-padded, over the ranks of one of --replicate's groups. What is trained has fp32 masters, gradients and two moments; what is frozen lies in the dtype that the
-body computes in. Embeddings and head stay gathered in that dtype, of a live reference too; of the blocks the
-one at work and the next, and the policy's last one while the head is at work. Activations are what autograd saves of each block, recorded in one pass over a model
-whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32 logits, the fp32
+padded, over the ranks of one of --replicate's groups. What is trained has fp32 masters, gradients and two
+moments; what is frozen lies in the dtype that the body computes in. Embeddings and head stay gathered in that
+dtype, of a live reference too; of the blocks the one at work and the next, and the policy's last one while
+the head is at work. Activations are what autograd saves of each block, recorded in one pass over a model whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32 logits, the fp32
 accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete: the head, the
 backward of the last block (all other activations are still there), and that of the embeddings (all gradients
 are); on a CPU the export, too. What is not counted, RUNTIME and SPARE, are the two constants here.
@@ -306,7 +306,7 @@ def add_flags(made: argparse.ArgumentParser) -> None:
 
 def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = None) -> None:
     """--plan: say what a run of these flags would take; no data are read. `objective` None: sft.py. Raises
-    ValueError for a model directory without a configuration, or --replicate that does not divide the ranks."""
+    ValueError for a model directory without a configuration, or a --replicate that divides no ranks."""
     whole, other = _bodies(args, objective)
     ranks = args.gpus or int(os.environ.get("WORLD_SIZE", 1))
     fsdp.groups(ranks, args.replicate)
@@ -394,9 +394,11 @@ def _run(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, cud
         if args.cache_reference:
             reference = "hidden" if args.cache_hidden else "cached"
     return Run(
-        tokens, max(1, ranks // args.replicate), math.ceil(share / tokens), getattr(torch, args.dtype).itemsize,
+        tokens, max(1, ranks // args.replicate), math.ceil(share / tokens),
+        getattr(torch, args.dtype).itemsize,
         args.activation_checkpointing, reference, bool(objective and objective.through),
-        not (objective and objective.scores), cuda, args.micro_batch_sync, bool(getattr(args, "offload", None)),
+        not (objective and objective.scores), cuda, args.micro_batch_sync,
+        bool(getattr(args, "offload", None)),
     )  # fmt: skip
 
 
