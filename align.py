@@ -83,6 +83,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--ppo-epochs", type=config.count, default=1, help="optimiser steps on a batch, its phase A kept")
     add("--humanline", type=config.boolean, default=False, help="clamp the log-ratio of each token")
     add("--sync-reference-every", type=config.count_or_zero, default=0, help="steps; 0: the reference stays")
+    add("--offload", choices=("reference",), default=None, help="its weights rest on the CPU")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
     add("--activation-checkpointing", choices=("none", "selective", "full"), default="full")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
@@ -211,7 +212,7 @@ def evaluate(
         mine = {s: [k for k, g in enumerate(work.groups) if examples[g].subset == s] for s in subsets}
         tallies.append(tally(objective, out, stats, pack, mine))
     # no backward will, and the next forward must gather what the optimiser writes until then
-    policy.reshard()
+    fsdp.reshard(policy)
     number = int(objective.counts(examples).sum())
     numbers = {objective.batch_unit: number} | {f"pairs/{name}": subsets[name] for name in subsets}
     return {"split": "eval", **numbers, **means(tallies), **logged}
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         objective = make_objective(args)
         if args.plan is not None:
             return memory.report(args, config.tell, objective)
-        rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
+        rank, world_size, device = fsdp.init(args.device, args.timeout_minutes, args.replicate)
         say = config.tell if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
@@ -279,11 +280,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
     model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
-    apart = isinstance(reference, model.LanguageModel) and reference is not policy
     with config.user_errors():
-        model.place(policy, dtype, device)
-        if apart:
-            model.place(reference.requires_grad_(False), dtype, device, policy if same_weights else None)
+        place = functools.partial(model.place, dtype=dtype, device=device, replicate=args.replicate)
+        place(policy)
+        if isinstance(reference, model.LanguageModel) and reference is not policy:
+            like = policy if same_weights else None
+            place(reference.requires_grad_(False), like=like, offload=args.offload == "reference")
         reference, of_held_out = references.ready(kept, reference, args, device, say)
     if args.cache_reference_only:
         return fsdp.finish()
@@ -350,18 +352,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             if objective.mismatches:
                 strangers = batch.packs(others, works, how, device)
             # (A) frozen: what the loss may not change
-            with torch.no_grad():
-                states = [of_reference(reference, pack) for pack in packs]  # (N, D) or (N,)
+            states = [of_reference(reference, pack) for pack in packs]  # (N, D) or (N,)
             frozen, logged = freeze(objective, policy, reference, packs, strangers, delta)
         # (B) gradient
         tallies = []
         for pack, twin, found in zip(packs, states, frozen):
+            policy.set_requires_gradient_sync(args.micro_batch_sync == "every" or pack is packs[-1])
             out, stats = forward(objective, policy, reference, pack, twin, found)
             if step == 0 and same_weights:
                 check_start(stats, references.TOLERANCE[args.dtype] if kept else 0.0)
             # FSDP averages over ranks; the sum over all units of the step is divided by their number
             ((out.losses @ objective.weights(pack)) * (world_size / number)).backward()
             tallies.append(tally(objective, out, stats, pack))
+        if update == args.ppo_epochs - 1:
+            fsdp.reshard(reference)  # its head is not read again before its next forward
 
         row = means(tallies) | logged
         row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
@@ -376,17 +380,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         many = int(units[counted].sum())
         running += torch.tensor([row.get("rewards/mean", 0.0) * many, many], dtype=torch.float64)
-        tokens = int(lengths[counted].sum())
-        seconds = time.perf_counter() - began
+        tokens, seconds = int(lengths[counted].sum()), time.perf_counter() - began
         row |= {"split": "train", "step": step, "epoch": step / (steps_per_epoch * args.ppo_epochs)}
-        row |= {objective.batch_unit: many, "tokens": tokens}
-        row |= {"lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "tok_per_s": tokens / seconds}
+        row |= {objective.batch_unit: many, "tokens": tokens, "lr": learning_rate(step, total, args)}
+        row |= {"step_s": seconds, "tok_per_s": tokens / seconds}
         log(row | {f"{unit}_per_s": many / seconds, "responses_per_s": train.sizes[counted].sum() / seconds})
 
     if evaluated:
         delta = running_mean(running, device)  # ()
-        row = judge(delta, lambda: leave(total))
-        log(row | {"step": total})
+        log(judge(delta, lambda: leave(total)) | {"step": total})
         show(total)
     if total > 0:
         if args.save_every:

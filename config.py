@@ -193,6 +193,10 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
         "--log-to", choices=trackers, default=None, nargs="+", help="beside metrics.jsonl; None: nowhere"
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    sync = "gradients summed over the ranks after every micro-batch, or once a step, held whole until then"
+    group.add_argument("--micro-batch-sync", choices=("every", "last"), default="every", help=sync)
+    copies = "groups of ranks, each with the whole model in its shards (HSDP); 1: all ranks are one"
+    group.add_argument("--replicate", type=count, default=1, help=copies)
     lost = "a rank waits for another so long, then the run fails"
     group.add_argument("--timeout-minutes", type=positive, default=60.0, help=lost)
     group.add_argument(
@@ -215,7 +219,8 @@ HOW_FLAGS = (
     "out", "resume", "save_every", "keep_last", "final_dtype", "log_every", "log_to", "device", "token_cache",
     "timeout_minutes", "trust_remote_code", "strict_data", "tokens_per_microbatch",
     "activation_checkpointing", "eval_data", "eval_every", "eval_examples", "sample_prompts", "check", "plan",
-    "gpus", "memory", "yes", "cache_reference_only",
+    "gpus", "memory", "yes", "cache_reference_only", "micro_batch_sync",
+    "replicate", "offload",
 )  # fmt: skip
 # What a resumed run may change: that, and how long and how fast it goes on.
 FREE_FLAGS = (

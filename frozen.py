@@ -31,6 +31,7 @@ class Cached(NamedTuple):
     strangers: np.ndarray | None  # logps (n',) of the mismatched answers
 
 
+@torch.no_grad()
 def of_reference(
     reference: model.LanguageModel | Cached | None, pack: batch.Pack, strange: bool = False
 ) -> Tensor | None:

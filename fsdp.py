@@ -2,11 +2,15 @@
 notice that another one is gone.
 
 FSDP2 (`fully_shard`) always, also with one process, so there is one code path: `python align.py` makes a
-group of one. Each block is a unit, gathered for its forward and again for its backward; what is left
-(embeddings, head, last norm) is the root's unit and stays gathered from forward to backward, for the head is
-read between them.
+group of one. Each block is a unit, gathered for its forward and again for its backward, but for the last one,
+whose backward comes first; what is left (embeddings, head, last norm) is the root's unit and stays gathered
+from forward to backward, for the head is read between them.
 
-Left out: tensor, pipeline and expert parallelism; CPU offload.
+With `replicate` N (HSDP) ranks fall into N groups of neighbours. Each group holds the whole model in shards,
+as all ranks do else: blocks are gathered within it, and gradients, reduced to shards there, are summed over
+the groups.
+
+Left out: tensor, pipeline and expert parallelism; optimiser states on the CPU.
 """
 
 import atexit
@@ -24,10 +28,12 @@ from typing import Any, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -40,13 +46,14 @@ HEALTH: dict[str, Any] = {
 OVER = threading.Event()  # the thread shall end
 
 
-def init(device: str, timeout_minutes: float = 60) -> tuple[int, int, torch.device]:
+def init(device: str, timeout_minutes: float = 60, replicate: int = 1) -> tuple[int, int, torch.device]:
     """Join torchrun's process group, or make a group of one. Returns (rank, world size, this rank's device).
 
     A rank that another one has waited for so long ends the run, and so does one without a sign of life: see
-    `_watch`. Raises ValueError if `device` is "cuda" and this rank has none of its own, or a rank does not
-    come.
+    `_watch`. Raises ValueError if `device` is "cuda" and this rank has none of its own, a rank does not come,
+    or `replicate` does not divide the world size.
     """
+    groups(int(os.environ.get("WORLD_SIZE", 1)), replicate)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "nccl" if device == "cuda" else "gloo"
@@ -162,30 +169,62 @@ def ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def groups(world_size: int, replicate: int) -> tuple[int, int]:
+    """(groups of ranks that hold the whole model each, ranks of a group). Raises ValueError if these are no
+    whole numbers."""
+    if world_size % replicate:
+        raise ValueError(f"--replicate {replicate} does not divide {world_size} ranks")
+    return replicate, world_size // replicate
+
+
+@functools.cache  # a mesh of two axes makes process groups; a new WORLD needs new ones
+def _mesh(kind: str, shape: tuple[int, int], world: dist.ProcessGroup) -> DeviceMesh:
+    several = shape[0] > 1
+    names = ("replicate", "shard")
+    return init_device_mesh(kind, shape if several else shape[1:], mesh_dim_names=names if several else None)
+
+
 def shard(
     model: nn.Module,
     blocks: Iterable[nn.Module],
     dtype: torch.dtype,
     device: torch.device,
     fp32_modules: Iterable[nn.Module] = (),
+    replicate: int = 1,
+    offload: bool = False,
 ) -> None:
-    """Split every parameter over all ranks, in place. Parameters keep their dtype, compute runs in `dtype`
-    (in `fp32_modules` in fp32), gradients are summed in fp32. The root forward must take integers only:
-    floats would be cast to `dtype`."""
-    world_size = dist.get_world_size()
+    """Split every parameter over all ranks, or over those of each of `replicate` groups, in place. Parameters
+    keep their dtype, compute runs in `dtype` (in `fp32_modules` in fp32), gradients are summed in fp32. With
+    `offload` the shards lie on the CPU, and what is gathered on `device`. The root forward must take integers
+    only: floats would be cast to `dtype`."""
+    shape = groups(dist.get_world_size(), replicate)
     split = functools.partial(
         fully_shard,
-        mesh=init_device_mesh(device.type, (world_size,)),
-        shard_placement_fn=lambda parameter: Shard(split_axis(parameter.shape, world_size)),
+        mesh=_mesh(device.type, shape, dist.group.WORLD),
+        shard_placement_fn=lambda parameter: Shard(split_axis(parameter.shape, shape[1])),
+        offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
     )
     for module in fp32_modules:
         split(module, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in blocks:
-        split(block, mp_policy=policy)
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    units = list(blocks)
+    for block in units:
+        split(block, mp_policy=policy, reshard_after_forward=not (trains and block is units[-1]))
+    for block, following in zip(units, units[1:]):
+        block.set_modules_to_forward_prefetch([following])
     split(model, mp_policy=policy, reshard_after_forward=False)
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
+
+
+def reshard(*models: Any) -> None:
+    """Free what they have gathered; nothing of what is no module. After a forward that no backward follows,
+    for the next one must gather what the optimiser writes until then."""
+    for model in models:
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def split_axis(shape: Sequence[int], world_size: int) -> int:
@@ -212,16 +251,15 @@ def mean_over_ranks(tallies: list[dict[str, Tensor]]) -> dict[str, float]:
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
     """The parameters of source into those of target that bear the same names, sharded alike, in target's
     dtype. Both are freed first: what they have gathered is the old."""
-    for module in (*source.modules(), *target.modules()):
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(source, target)
     given = dict(source.named_parameters())
     for name, parameter in target.named_parameters():
         parameter.to_local().copy_(given[name].to_local())
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients so that their global 2-norm is at most max_norm; returns the norm before.
+    """Scale all gradients so that their global 2-norm is at most max_norm; returns the norm before. Shards
+    are those of a group; other groups have the same ones.
 
     Norms of rows first: torch's own norm of a tensor of 28 million fp32 numbers is wrong by 0.16 % on a CPU,
     and by another amount for another number of ranks.
@@ -232,7 +270,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
         torch.linalg.vector_norm(grad, dim=-1) for grad in local
     ]  # each the tensor's shape less the last axis
     squares = torch.stack([torch.linalg.vector_norm(norms).double() for norms in rows]).square().sum()
-    dist.all_reduce(squares)
+    sharded = isinstance(grads[0], DTensor)
+    dist.all_reduce(squares, group=grads[0].device_mesh.get_group(-1) if sharded else None)
     norm = squares.sqrt().item()
     if norm > max_norm:
         torch._foreach_mul_(local, max_norm / norm)
@@ -286,25 +325,27 @@ def not_finite(model: nn.Module) -> list[str]:
     local = [p.to_local() if isinstance(p, DTensor) else p for _, p in named]
     filled = [index for index, shard in enumerate(local) if shard.numel()]  # a rank may hold nothing of one
     peaks = torch.stack(torch._foreach_norm([local[index] for index in filled], float("inf"))).float()
-    flags = torch.zeros(len(named), dtype=torch.int32, device=local[0].device)
-    flags[filled] = (~peaks.isfinite()).int()
-    if any(isinstance(parameter, DTensor) for _, parameter in named):
+    flags = torch.zeros(len(named), dtype=torch.int32)
+    flags[filled] = (~peaks.isfinite()).int().cpu()
+    if sharded := [parameter for _, parameter in named if isinstance(parameter, DTensor)]:
+        flags = flags.to(sharded[0].device_mesh.device_type)  # where ranks meet, be the shards on the CPU
         dist.all_reduce(flags)
     return [name for (name, _), flag in zip(named, flags.tolist()) if flag]
 
 
-def piece(shape: Sequence[int], rank: int) -> tuple[slice, ...]:
-    """What `shard` gives to a rank of a tensor of this shape: equal parts of an axis, the last less."""
-    axis, world_size = split_axis(shape, ranks()[1]), ranks()[1]
-    each = -(-shape[axis] // world_size)
-    own = slice(min(rank * each, shape[axis]), min((rank + 1) * each, shape[axis]))
-    return tuple(own if place == axis else slice(0, size) for place, size in enumerate(shape))
+def piece(parameter: DTensor, rank: int) -> tuple[slice, ...]:
+    """What `shard` gives to a rank of a parameter: equal parts of an axis, the last less."""
+    shape, many = parameter.shape, parameter.device_mesh.size(-1)  # neighbours
+    axis, place = split_axis(shape, many), rank % many
+    each = -(-shape[axis] // many)
+    own = slice(min(place * each, shape[axis]), min((place + 1) * each, shape[axis]))
+    return tuple(own if index == axis else slice(0, size) for index, size in enumerate(shape))
 
 
 def local_piece(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """What this rank holds of a parameter, and which part of it: all of one that is not sharded."""
     if isinstance(parameter, DTensor):
-        return parameter.to_local(), piece(parameter.shape, ranks()[0])
+        return parameter.to_local(), piece(parameter, ranks()[0])
     return parameter, tuple(slice(0, size) for size in parameter.shape)
 
 

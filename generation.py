@@ -104,7 +104,7 @@ def show(
     answers = policy.generate(
         lambda lm: generate(lm, prompts, range(len(prompts)), stop, how, together=world_size > 1)
     )
-    policy.reshard()  # no backward will
+    fsdp.reshard(policy)  # no backward will
     if rank:
         return
     lines = [f"step {step}, temperature 1, at most {SHOWN_TOKENS} tokens\n"]

@@ -10,15 +10,16 @@
     refuse    the start of a run: what it needs in one line, and none that cannot fit
 
 Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equal pieces, the last one
-padded. What is trained has fp32 masters, gradients and two moments; what is frozen lies in the dtype that the
-body computes in. Embeddings and head stay gathered in that dtype, of a live reference too; of the blocks the
-one at work and the next. Activations are what autograd saves of each block, recorded in one pass over a model
+padded, over the ranks of one of --replicate's groups. What is trained has fp32 masters, gradients and two
+moments; what is frozen lies in the dtype that the body computes in. Embeddings and head stay gathered in that
+dtype, of a live reference too; of the blocks the one at work and the next, and the policy's last one while
+the head is at work. Activations are what autograd saves of each block, recorded in one pass over a model
 whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32 logits, the fp32
 accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete: the head, the
 backward of the last block (all other activations are still there), and that of the embeddings (all gradients
 are); on a CPU the export, too. What is not counted, RUNTIME and SPARE, are the two constants here.
 
-Left out: HSDP, offloading, the KV cache of --sample-prompts, kernels' own work space.
+Left out: the KV cache of --sample-prompts, kernels' own work space.
 """
 
 import argparse
@@ -82,7 +83,7 @@ class Body(NamedTuple):
 
 class Run(NamedTuple):
     tokens: int  # of a micro-batch of a rank; all of them may meet the head
-    ranks: int = 1
+    ranks: int = 1  # among which a model is sharded
     microbatches: int = 1  # of a step
     size: int = 2  # bytes of a number that the body computes with
     checkpointing: str = "full"
@@ -90,6 +91,8 @@ class Run(NamedTuple):
     drift: bool = False  # a gradient through kl or risk
     chunks: bool = True  # does the head project on the vocabulary? Not a reward model's
     cuda: bool = False
+    sync: str = "every"  # micro-batch, or the last: gradients are whole until then
+    offload: bool = False  # a live reference's shards
 
 
 # ---- what a model is
@@ -209,19 +212,20 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     trained = [w for w in body.weights if w.trained]
     frozen = [w for w in body.weights if not w.trained]
     live = run.reference == "live"
+    offloaded = run.offload and run.cuda  # to the host's memory
     block = max(body.blocks, key=numbers)
     root, of_block = run.size * numbers(body.root), run.size * numbers(block)
     given, trainable = [w for w in body.root if w.trained], [w for w in block if w.trained]
     gradients = 4.0 * numbers(trained, run.ranks)
-    earlier = gradients if run.microbatches > 1 else 0.0
+    several, last = run.microbatches > 1, run.sync == "last"
+    earlier = several * (4.0 * numbers(trained) if last else gradients)
     kept, again = _activations(body, run)
     # hidden states: the reference's of a whole step, the policy's and their gradient
-    several = run.microbatches * (run.reference in TWINS) + 2
-    states = run.size * body.head[1] * run.tokens * several
+    states = run.size * body.head[1] * run.tokens * (run.microbatches * (run.reference in TWINS) + 2)
     always = {
         "weights": 4.0 * numbers(trained, run.ranks) + run.size * numbers(frozen, run.ranks),
         "moments": 8.0 * numbers(trained, run.ranks),
-        "reference": run.size * numbers(other.weights, run.ranks) * live,
+        "reference": run.size * numbers(other.weights, run.ranks) * (live and not offloaded),
     }
     roots = root + live * run.size * numbers(other.root)
     matrix = body.head_trained * run.size * math.prod(body.head)  # the gradient of the head
@@ -229,12 +233,12 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     # the same of the root, where a tied matrix has the embedding's gradient added to the head's; to shards of
     # earlier micro-batches new ones are added, which of one rank are what was to be sent
     tied = sum(weight.shape == body.head for weight in body.root) == 1
-    added = (run.microbatches > 1 and run.ranks > 1) / run.ranks
+    added = (several and not last and run.ranks > 1) / run.ranks
     ends = run.size * numbers(given) + matrix * tied + 4 * numbers(given) * (1 + added)
     moments = [  # gradients, gathered, activations, head
-        (earlier, roots, kept + states, _head(body, run)),
+        (earlier, roots + run.size * numbers(body.blocks[-1]), kept + states, _head(body, run)),
         (earlier + back, roots + 2 * of_block, kept + states + again, matrix),
-        (gradients + ends, roots, states, 0.0),
+        (max(gradients, earlier) + ends, roots, states, 0.0),
     ]
     # On a CPU the end too: the model in fp32, whole or merged, and the piece that is written; the heap of the
     # steps is kept (fsdp.py), what they held in large blocks is not. Of a GPU that is the host's memory.
@@ -303,9 +307,10 @@ def add_flags(made: argparse.ArgumentParser) -> None:
 
 def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = None) -> None:
     """--plan: say what a run of these flags would take; no data are read. `objective` None: sft.py. Raises
-    ValueError for a model directory without a configuration."""
+    ValueError for a model directory without a configuration, or a --replicate that divides no ranks."""
     whole, other = _bodies(args, objective)
     ranks = args.gpus or int(os.environ.get("WORLD_SIZE", 1))
+    fsdp.groups(ranks, args.replicate)
     cuda = args.memory is not None or (args.device != "cpu" and torch.cuda.is_available())
     several = 1 if objective is None or not (objective.pairs or objective.scores) else 2
     prompt = 0 if objective is not None and objective.scores else args.max_prompt_length
@@ -317,7 +322,7 @@ def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = 
         f"width {whole.head[1]}, {whole.head[0]} ids")  # fmt: skip
     parts = _parts(whole, run, other)
     say(f"memory of a rank, {ranks} in all: {_gb(parts)} = " + _listed(parts))
-    say(f"shards: {balance(whole, ranks):.3f} times an equal share of the weights")
+    say(f"shards: {balance(whole, run.ranks):.3f} times an equal share of the weights")
     tokens = example * args.batch_size
     work = flops(whole, run, tokens, SHARE * tokens, args.max_length / 2)
     steps = "" if args.steps is None else f"; {args.steps} steps, {args.steps * work:.3g} FLOP"
@@ -332,6 +337,7 @@ def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = 
         if least is None:
             say(f"{card}, {size} GB: not on {MOST_RANKS}")
             continue
+        least *= args.replicate
         seconds = work / (args.plan * rate * 1e12 * least)
         time = f"{seconds:.3g} s a step" + (f", {args.steps * seconds / 3600:.3g} h" if args.steps else "")
         say(f"{card}, {size} GB: {least} at least, {time} at {args.plan:.0%} of {rate} TFLOP/s (computed)")
@@ -389,9 +395,11 @@ def _run(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, cud
         if args.cache_reference:
             reference = "hidden" if args.cache_hidden else "cached"
     return Run(
-        tokens, ranks, math.ceil(share / tokens), getattr(torch, args.dtype).itemsize,
+        tokens, max(1, ranks // args.replicate), math.ceil(share / tokens),
+        getattr(torch, args.dtype).itemsize,
         args.activation_checkpointing, reference, bool(objective and objective.through),
-        not (objective and objective.scores), cuda,
+        not (objective and objective.scores), cuda, args.micro_batch_sync,
+        bool(getattr(args, "offload", None)),
     )  # fmt: skip
 
 
@@ -413,7 +421,7 @@ def _limit(args: argparse.Namespace, cuda: bool) -> float:
 def _advice(args: argparse.Namespace, objective: Any, lengths: Any, run: Run, limit: float) -> str:
     """What makes a run fit, the cheapest in time first: one change after another until it does."""
     whole, other = _bodies(args, objective)
-    ranks, said = run.ranks, []
+    ranks, said = run.ranks * args.replicate, []
     more = [{"gpus": 2**k} for k in range(MOST_RANKS.bit_length()) if 2**k > ranks]
     steps = [{"tokens_per_microbatch": args.max_length}, {"activation_checkpointing": "full"}]
     for change in [*steps, *[ADAPTERS] * (not lora.wanted(args)), *more]:

@@ -161,11 +161,16 @@ def fill(model: LanguageModel, device: torch.device, like: LanguageModel | None 
 
 
 def place(
-    model: LanguageModel, dtype: torch.dtype, device: torch.device, like: LanguageModel | None = None
+    model: LanguageModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    like: LanguageModel | None = None,
+    replicate: int = 1,
+    offload: bool = False,
 ) -> None:
-    """Shard an outline over all ranks, to compute in `dtype`, and `fill` it."""
-    fsdp.shard(model, model.blocks, dtype, device, model.fp32_modules)
-    fill(model, device, like)
+    """Shard an outline over all ranks as fsdp.shard does, to compute in `dtype`, and `fill` it."""
+    fsdp.shard(model, model.blocks, dtype, device, model.fp32_modules, replicate, offload)
+    fill(model, torch.device("cpu") if offload else device, like)
 
 
 def fingerprint(path: str, weights: str = "pretrained") -> str:

@@ -70,7 +70,10 @@ class Found(NamedTuple):
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """What goes with --cache-reference; a loss of distributions sets --cache-hidden. Fails in one line."""
+    """What goes with --cache-reference; a loss of distributions sets --cache-hidden. Fails in one line, also
+    for --offload reference where that is no model of its own."""
+    if args.offload and lora.shared(args) is not None:
+        config.fail("--offload reference: the reference is the policy with other adapters, and takes no room")
     for flag in ("cache_hidden", "cache_reference_only"):
         if getattr(args, flag) and not args.cache_reference:
             config.fail(f"--{flag.replace('_', '-')} true needs --cache-reference DIR")
@@ -155,7 +158,7 @@ def ready(
             if len(left):
                 raise ValueError(f"the reference gives numbers that are not finite in {len(left)} examples")
     if live is not None:
-        getattr(live, "policy", live).reshard()
+        fsdp.reshard(getattr(live, "policy", live))
     if found.lock is not None:
         found.lock.close()
     return _cached(found, "train", device), _cached(found, "eval", device)

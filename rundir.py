@@ -211,7 +211,7 @@ def leave_if_told(
     if step % getattr(args, "ppo_epochs", 1) or not (number := fsdp.largest(signals.heard(), device)):
         return
     rank, why = fsdp.ranks()[0], signal.Signals(number).name
-    model.reshard()  # an evaluation has gathered some
+    fsdp.reshard(model)  # an evaluation has gathered some
     problem = save(args, step, model, optimizer, made, extra) if step else ""
     write_status(args, rank, "failed" if problem else "saved", step, f"{why}: {problem}" if problem else why)
     if rank == 0:

@@ -127,7 +127,7 @@ def evaluate(
         pack = batch.packs(examples, [work], "best-worst", device)[0]
         tallies.append(tally(forward(policy, pack), pack))
     # no backward will, and the next forward must gather what the optimiser writes until then
-    policy.reshard()
+    fsdp.reshard(policy)
     row = fsdp.mean_over_ranks(tallies)
     return {
         "split": "eval",
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.user_errors():
         if args.plan is not None:
             return memory.report(args, config.tell)
-        rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
+        rank, world_size, device = fsdp.init(args.device, args.timeout_minutes, args.replicate)
         say = config.tell if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + chat.ASK_FOR_GOOD
     model.checkpoint_activations(policy, args.activation_checkpointing)
     with config.user_errors():
-        model.place(policy, dtype, device)
+        model.place(policy, dtype, device, replicate=args.replicate)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
@@ -241,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         units = train.trained_tokens(counted)
         tallies = []
         for pack in packs:
+            policy.set_requires_gradient_sync(args.micro_batch_sync == "every" or pack is packs[-1])
             out = forward(policy, pack)
             # FSDP averages over ranks; the sum over all trained tokens of the step is divided by their number
             ((out.losses @ pack.weights[pack.response]) * (world_size / units)).backward()

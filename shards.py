@@ -223,11 +223,13 @@ def _receive(model: nn.Module, held: dict[str, Tensor], source: Source) -> None:
         local, part = fsdp.local_piece(shard)
         whole = given.pop(name, None)  # freed when sent
         for other in range(1, world_size):
-            theirs = fsdp.piece(shard.shape, other)
+            theirs, meet = fsdp.piece(shard, other), shard.device_mesh.device_type  # shards may be on the CPU
             if rank == 0 and whole[theirs].numel():
-                dist.send(whole[theirs].to(local.device, local.dtype).contiguous(), other)
+                dist.send(whole[theirs].to(meet, local.dtype).contiguous(), other)
             elif rank == other and local.numel():
-                dist.recv(local, 0)
+                sent = torch.empty_like(local, device=meet)
+                dist.recv(sent, 0)
+                local.copy_(sent)
         if rank == 0:
             local.copy_(whole[part])
     for name, buffer in _persistent(model.lm).items():

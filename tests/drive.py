@@ -5,9 +5,12 @@ write.
 
 A job is {"script", "argv", "mutation": [old, new] or null}. The script's source is executed as it stands, or
 with one line replaced, of it or of frozen.py: the mutation that must turn a test red. Into the run directory goes gradients.pt, the
-whole gradients of every optimiser step before clipping, from rank 0.
+whole gradients of every optimiser step before clipping, from rank 0, and collectives.json, how many collectives
+of tensors each step has made by then, by name.
 """
 
+import collections
+import functools
 import json
 import os
 import sys
@@ -29,15 +32,35 @@ start_group = dist.init_process_group
 # a process group can be made only once under one launcher: the jobs share it
 dist.init_process_group = lambda *args, **options: dist.is_initialized() or start_group(*args, **options)
 fsdp.finish = fsdp.barrier
+CALLS: collections.Counter = collections.Counter()  # of the step
+
+
+def count(name: str) -> None:
+    """Count the calls of a collective from now on."""
+    call = getattr(dist, name)
+
+    @functools.wraps(call)
+    def counted(*args, **options):
+        CALLS[name] += 1
+        return call(*args, **options)
+
+    setattr(dist, name, counted)
+
+
+for name in ("all_gather_single", "reduce_scatter_single"):
+    count(name)
 
 
 def run(job: dict) -> None:
-    gradients = []
+    gradients, calls = [], []
+    CALLS.clear()
 
     def record(part, max_norm):
         prefix = "" if hasattr(part, "config") else "value_head."
         if not prefix:  # the language model comes first in every step
             gradients.append({})
+            calls.append(dict(CALLS))
+            CALLS.clear()
         for name, parameter in part.named_parameters():
             grad = parameter.grad
             if grad is not None:
@@ -61,6 +84,7 @@ def run(job: dict) -> None:
     out = Path(job["argv"][job["argv"].index("--out") + 1])
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(gradients, out / "gradients.pt")
+        (out / "collectives.json").write_text(json.dumps(calls), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""What ranks hold and send: how often, how they are laid out, and that nothing that is trained depends on it.
+
+A comment `red:` names a change that turns a test red.
+"""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_memory import CONFIGS
+from test_train import arguments, base, launch, rows  # noqa: F401
+
+import align
+import memory
+
+UNITS = 3  # of sharding: two blocks, and the rest
+MICROBATCHES = 3  # of a step of 5 pairs, each its own
+ADAPTERS = ["--lora-rank", "4", "--lora-targets", "all-linear"]
+FEW = ["--tokens-per-microbatch", "50", "--steps", "2"]
+RUNS = {  # name -> (processes, kind, flags)
+    "groups": (4, "ra_dpo1", ["--replicate", "2", "--save-every", "1"]),
+    "every": (2, "dpo", []),
+    "last": (2, "dpo", ["--micro-batch-sync", "last"]),
+    "sft-every": (2, "sft", []),
+    "sft-last": (2, "sft", ["--micro-batch-sync", "last"]),
+    "lora-every": (2, "dpo", ADAPTERS),
+    "lora-last": (2, "dpo", [*ADAPTERS, "--micro-batch-sync", "last"]),
+    "offloaded": (2, "dpo", ["--offload", "reference"]),
+    "on": (2, "ra_dpo1", ["--resume", "auto"]),  # from the first step of "groups"
+    "one": (1, "ra_dpo1", []),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(base):  # noqa: F811
+    """All training of this file, in one launch per number of processes."""
+    for processes in (4, 2, 1):
+        jobs = []
+        for name, (ranks, kind, more) in RUNS.items():
+            argv = arguments(kind, base, base / name, *FEW, *more)
+            if "--lora-rank" in more:  # the reference is the policy without its adapters
+                del argv[argv.index("--reference") : argv.index("--reference") + 2]
+            if ranks == processes:
+                jobs.append({"script": "sft.py" if kind == "sft" else "align.py", "argv": argv})
+        launch(base, jobs, processes)
+        if processes == 4:
+            (base / "on").mkdir()
+            shutil.copytree(base / "groups" / "step-1", base / "on" / "step-1")
+    return base
+
+
+def same(runs, one, other, tolerance=1e-6):
+    """Are losses, norms and the gradients of each tensor the same, relative to their norm?"""
+    for mine, theirs in zip(rows(runs / one), rows(runs / other), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=tolerance), key
+    first, second = (torch.load(runs / name / "gradients.pt") for name in (one, other))
+    assert len(first) == 2 and first[0].keys() == second[0].keys()
+    for step, (mine, theirs) in enumerate(zip(first, second, strict=True)):
+        close = tolerance * 10**step  # AdamW divides by small second moments
+        for name, gradient in mine.items():
+            assert (gradient - theirs[name]).norm() <= close * gradient.norm().clamp(min=1e-5), name
+
+
+def calls(runs, name, collective):
+    """How many of a collective each step has made before its clipping."""
+    return [step.get(collective, 0) for step in json.loads((runs / name / "collectives.json").read_text())]
+
+
+@pytest.mark.parametrize("kind", ["", "sft-", "lora-"])
+def test_gradients_summed_once_a_step_are_those_summed_every_micro_batch(runs, kind):
+    # red: set_requires_gradient_sync(True) always (the counts); with False for the last (the gradients)
+    same(runs, f"{kind}every", f"{kind}last")
+    often, once = (calls(runs, kind + name, "reduce_scatter_single") for name in ("every", "last"))
+    trained = UNITS - (kind == "lora-")  # nothing of the rest
+    assert once == [trained] * 2 and often == [trained * MICROBATCHES] * 2
+
+
+def test_the_plan_counts_gradients_that_are_whole_until_the_last_micro_batch():
+    # red: earlier = gradients whatever the sync
+    found = memory.body(CONFIGS["llama"])
+    run = memory.Run(64, ranks=4, microbatches=2, cuda=True)
+    every, last = (memory.need(found, run._replace(sync=sync)) for sync in ("every", "last"))
+    whole = memory.numbers(found.weights)
+    assert last["gradients"] >= 4 * whole > every["gradients"]
+    alone = run._replace(microbatches=1)
+    assert memory.need(found, alone) == memory.need(found, alone._replace(sync="last"))
+
+
+def test_groups_that_hold_the_whole_model_each_train_what_one_process_does(runs):
+    """2 groups of 2 ranks; what they have saved goes on in 2 ranks that are one group."""
+    # red: the norm summed over all ranks; piece() of the rank in the world; replicate not handed to the reference
+    same(runs, "one", "groups", 1e-5)
+    assert calls(runs, "groups", "reduce_scatter_single") == [2 * UNITS] * 2  # 4 ranks: 2 micro-batches
+    (row,) = rows(runs / "on")
+    last = rows(runs / "one")[1]
+    for key in ("step", "loss", "grad_norm"):
+        assert row[key] == pytest.approx(last[key], rel=1e-5), key
+    made, whole = (load_file(runs / name / "final" / "model.safetensors") for name in ("on", "one"))
+    assert all((made[name] - want).abs().max() < 5e-5 for name, want in whole.items())  # of steps of 1e-3
+
+
+def test_groups_that_do_not_divide_the_ranks_are_one_line(base, capsys):  # noqa: F811
+    # red: groups() without the raise
+    with pytest.raises(SystemExit) as stop:
+        align.main(arguments("dpo", base, base / "odd", "--replicate", "2"))
+    assert (stop.value.code, capsys.readouterr().err) == (2, "error: --replicate 2 does not divide 1 ranks\n")
+    assert not (base / "odd").exists()
+
+
+def test_blocks_are_gathered_once_a_pass_and_the_last_once_a_micro_batch(runs):
+    # red: the last block resharded after its forward (+3); of the reference too not resharded (-2); the
+    # reference's rest left gathered (18 in the second step)
+    policy = MICROBATCHES * (UNITS + 1)  # two blocks and the rest forward, one block backward
+    reference = MICROBATCHES * 2 + 1
+    for name in ("every", "last", "offloaded"):
+        assert calls(runs, name, "all_gather_single") == [policy + reference] * 2, name
+
+
+def test_a_reference_on_the_cpu_is_the_same_reference(runs):
+    # red: fill() of it left out; the offloaded shards of a fresh model
+    same(runs, "every", "offloaded")
+
+
+@pytest.mark.parametrize("more", [["--loss", "simpo"], ADAPTERS], ids=["none", "adapters"])
+def test_no_reference_to_offload_is_one_line(base, more):  # noqa: F811
+    # red: the check of either left out
+    argv = ["--model", str(base / "policy"), "--data", "none", "--out", str(base / "nothing"), *more]
+    with pytest.raises(SystemExit) as stop:
+        align.parse_args([*argv, "--offload", "reference"])
+    assert stop.value.code == 2
+
+
+def test_the_plan_counts_groups_and_what_is_offloaded(base, capsys):  # noqa: F811
+    # red: ranks not divided by --replicate; least not multiplied; the reference counted on a GPU
+    argv = ["--model", str(base / "policy"), "--data", "none", "--out", str(base / "nothing"), "--plan"]
+    argv += ["--gpus", "8", "--memory", "80"]
+
+    def planned(*more):
+        align.main([*argv, *more])
+        said = capsys.readouterr().out
+        part = {name: float(size) for name, size in re.findall(r"(\w+) ([\d.]+)", said.split("in all")[1])}
+        return said, part
+
+    whole, groups, away = planned(), planned("--replicate", "4"), planned("--offload", "reference")
+    assert "80 GB: 1 at least" in whole[0] and "80 GB: 4 at least" in groups[0]
+    run = memory.Run(64, ranks=2, reference="live", cuda=True)
+    found = memory.body(CONFIGS["llama"])
+    live, gone = memory.need(found, run), memory.need(found, run._replace(offload=True))
+    assert live["reference"] > 0 == gone["reference"] and live["gathered"] == gone["gathered"]
+    assert "reference" not in away[1]
+    with pytest.raises(SystemExit):
+        planned("--replicate", "3")
+    assert capsys.readouterr().err == "error: --replicate 3 does not divide 8 ranks\n"
