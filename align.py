@@ -232,6 +232,19 @@ def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def outline_reference(
+    args: argparse.Namespace, policy: model.LanguageModel, once: bool, options: tuple
+) -> model.LanguageModel | lora.Reference:
+    """What is asked for the reference's values, without weights yet. `once`, before the first step, that is the
+    policy itself where it starts from there. `options` are those of model.outline."""
+    dtype = getattr(torch, args.dtype)
+    if (shared := lora.shared(args)) is not None:
+        return lora.Reference(policy, shared)
+    if lora.equal_at_start(args):
+        return policy if once else model.copied(policy, dtype)
+    return model.outline(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     preflight.begin(args)
@@ -256,17 +269,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         policy = model.outline(args.model, masters, *options, reward_model=objective.scores)
         memory.refuse(args, train.lengths, device, world_size, say, objective)
         same_weights = objective.has_reference and lora.equal_at_start(args)
-        shared = lora.shared(args) if objective.has_reference else None
         kept = references.find(args, objective, train, evaluated, policy, say)
         reference = None
-        if kept and not kept.lacking:
-            pass  # all that it says is known
-        elif shared is not None:
-            reference = lora.Reference(policy, shared)
-        elif same_weights:
-            reference = policy if kept else model.copied(policy, dtype)
-        elif objective.has_reference:
-            reference = model.outline(args.reference, dtype, *options, vocabulary=policy.head.weight.shape[0])
+        if objective.has_reference and not (kept and not kept.lacking):
+            reference = outline_reference(args, policy, bool(kept), options)
         model.check_vocabulary(tokenizer, policy, reference)
         if args.sync_reference_every:
             model.check_twins(policy, reference)
@@ -276,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer.pad_token_id = chat.padding_id(tokenizer)
             model.add_score(policy, args.model, tokenizer.pad_token_id)
         if lora.wanted(args):
-            lora.add(policy, args, say, copy=bool(shared))
+            lora.add(policy, args, say, copy=objective.has_reference and bool(lora.shared(args)))
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
     model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
