@@ -235,8 +235,8 @@ def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
 def outline_reference(
     args: argparse.Namespace, policy: model.LanguageModel, once: bool, options: tuple
 ) -> model.LanguageModel | lora.Reference:
-    """What is asked for the reference's values, without weights yet. `once`, before the first step, that is the
-    policy itself where it starts from there. `options` are those of model.outline."""
+    """What is asked for the reference's values, without weights yet. `once`, before the first step, it is the
+    policy itself where that starts from there. `options` are those of model.outline."""
     dtype = getattr(torch, args.dtype)
     if (shared := lora.shared(args)) is not None:
         return lora.Reference(policy, shared)
