@@ -269,7 +269,7 @@ def _head(body: Body, run: Run) -> float:
     room = vocab.CUDA_CHUNK_BYTES if run.cuda else vocab.CHUNK_BYTES
     chunk = 4.0 * rows * min(run.tokens, max(16, room // (4 * rows)))
     twins = run.reference in TWINS
-    tiles = 6 * (vocab.CUDA_TILE_BYTES if run.cuda else vocab.TILE_BYTES)
+    tiles = 6 * min(chunk, vocab.CUDA_TILE_BYTES if run.cuda else vocab.TILE_BYTES)
     total = matrix * body.head_trained
     forward = (1 + twins) * (wide + chunk)
     backward = (1 + run.drift) * (wide + chunk) + total + chunk * run.size / 4
@@ -351,7 +351,10 @@ def refuse(
 ) -> None:  # fmt: skip
     """Say what a rank of a run needs; `lengths` are tokens of each group. Raises ValueError for one that
     cannot fit into its memory, unless --yes."""
-    whole, other = _bodies(args, objective)
+    try:
+        whole, other = _bodies(args, objective)
+    except ValueError as error:  # an operation that needs numbers: the model may train all the same
+        return say(f"what it needs cannot be counted ({error})")
     run = _run(args, objective, lengths, ranks, device.type == "cuda")
     parts, limit = _parts(whole, run, other), _limit(args, run.cuda)
     say(f"needs about {_gb(parts)} a rank of {limit / 1e9:.3g}: {_listed(parts)}")

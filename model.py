@@ -298,7 +298,7 @@ def check_positions(path: str, config: Any, max_length: int) -> None:
     changes with it."""
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max_length > longest:
-        raise ValueError(f"--max-length {max_length} exceeds the {longest} positions of {path}")
+        raise ValueError(f"{path}: --max-length {max_length} exceeds its {longest} positions")
     rope = getattr(config, "rope_parameters", None) or {}
     variants = [rope, *[value for value in rope.values() if isinstance(value, dict)]]
     original = getattr(config, "original_max_position_embeddings", None) or longest

@@ -124,7 +124,7 @@ FLAGS = {
     "dataset": (["--data", "hhh"], "hhh: neither a dataset (", "hh, "),
     "template": (["--chat-template", "{root}/none.jinja"], "--chat-template {root}/none.jinja"),
     "short": (["--max-length", "2"], "no example is left at --max-length 2", "6 cannot be used: "),
-    "long": (["--max-length", "4096"], "--max-length 4096 exceeds the 2048 positions of"),
+    "long": (["--max-length", "4096"], "--max-length 4096 exceeds its 2048 positions"),
     "prompt": (["--max-length", "40", "--max-prompt-length", "60"], "--max-prompt-length 60"),
     "model": (["--model", "{root}/none"], "{root}/none: no such model directory"),
     "reference": (["--reference", "{root}/wide"], "--reference has vocabulary 9000, the policy 8192"),
@@ -384,7 +384,7 @@ def test_process_refuses_in_one_line(root, tmp_path):
     assert done.stderr == f'error: {tmp_path}/a.toml:2: unknown key "betaa" (did you mean beta?)\n'
     done = run(ROOT / "sft.py", *command(root, tmp_path / "run", "--max-length", "4096"))
     assert done.returncode == 2
-    assert done.stderr == f"error: --max-length 4096 exceeds the 2048 positions of {root}/model\n"
+    assert done.stderr == f"error: {root}/model: --max-length 4096 exceeds its 2048 positions\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -569,7 +569,7 @@ def test_check_tells_and_writes_nothing(script, place, capfd):
 
 
 CHECKS = {
-    "positions": (["--max-length", "4096"], "--max-length 4096 exceeds the 2048 positions"),
+    "positions": (["--max-length", "4096"], "--max-length 4096 exceeds its 2048 positions"),
     "disk": (["--save-every", "1"], "one checkpoint needs about"),
     "weights": (["--model", "run"], "run/config.json: no such file"),
     "rows": (["--data", "none.jsonl"], "none.jsonl: no such file"),

@@ -249,10 +249,13 @@ def test_every_other_command_is_known(page, words):
         script = (ROOT / "run.sh").read_text(encoding="utf-8")
         modes = "|".join(re.findall(r"^    ([\w| -]+)\)", script, re.M)).replace(" ", "").split("|")
         assert set(words[2:3]) <= set(modes)
+    elif words[0] in ("sbatch", "bash"):
+        assert words[1].startswith("slurm/") and (ROOT / words[1]).is_file()
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / path).is_file() for path in words[3:])
     else:
-        assert words[:2] in (["source", ".venv/bin/activate"], ["pip", "install"]), f"{page}: not tested"
+        known = words[0] == "salloc" or words[:2] in (["source", ".venv/bin/activate"], ["pip", "install"])
+        assert known, f"{page}: not tested"
 
 
 def test_the_table_of_methods_is_printed_by_its_script():

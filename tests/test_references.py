@@ -119,8 +119,8 @@ def test_a_model_that_is_cached_is_never_loaded(root, runs, tmp_path, monkeypatc
     other = write_model(tmp_path / "other", num_hidden_layers=1, initializer_range=0.1)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(other)).save_pretrained(other)
     argv = flags(root, tmp_path / "run", "--cache-reference", tmp_path / "kept", "--reference", other, steps=1)
-    asked, load = [], model.load
-    monkeypatch.setattr(model, "load", lambda path, *more, **named: asked.append(path) or load(path, *more, **named))
+    asked, outline = [], model.outline
+    monkeypatch.setattr(model, "outline", lambda path, *more, **how: asked.append(path) or outline(path, *more, **how))
     monkeypatch.setattr(model, "copied", None)
     assert exit_code(align.main, [*argv, "--cache-reference-only", "true"]) is None
     assert asked.count(str(other)) == 1 and not (tmp_path / "run" / "metrics.jsonl").exists()
