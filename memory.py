@@ -17,7 +17,7 @@ the head is at work. Activations are what autograd saves of each block, recorded
 whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32 logits, the fp32
 accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete: the head, the
 backward of the last block (all other activations are still there), and that of the embeddings (all gradients
-are); on a CPU the export, too. What is not counted, RUNTIME and SPARE, are the two constants here.
+are); on a CPU the export, too. What is not counted, RUNTIME, GAPS and SPARE, are the constants here.
 
 Left out: the KV cache of --sample-prompts, kernels' own work space.
 """
@@ -43,9 +43,9 @@ import vocab
 
 NAME = "counted"  # of the attention that computes nothing
 PROBE = 1024  # tokens of the pass: enough for what does not grow with them to count for nothing
-# Beside the tensors, of a process on a CPU: the tokenizer, code that is loaded late, compiled products,
-# stacks and gaps of the heap. Measured by bench/peak.py.
-RUNTIME = 0.33e9
+# Beside the tensors, of a process on a CPU: the tokenizer, code that is loaded late, compiled products and
+# stacks; and gaps of the heap, a share of what is counted. Measured by bench/peak.py.
+RUNTIME, GAPS = 0.12e9, 0.12
 # Of a GPU's memory, for CUDA's context, NCCL's buffers and the allocator's gaps. Not measured here.
 SPARE = 0.08
 # GB of memory: a card that has it, and its dense bf16 TFLOP/s by its data sheet.
@@ -408,7 +408,8 @@ def _run(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, cud
 
 def _parts(body: Body, run: Run, other: Body | None) -> dict[str, float]:
     """What a rank needs of its GPU's memory, or of the machine's."""
-    return need(body, run, other) | ({} if run.cuda else {"runtime": RUNTIME})
+    parts = need(body, run, other)
+    return parts | ({} if run.cuda else {"runtime": RUNTIME + GAPS * sum(parts.values())})
 
 
 def _limit(args: argparse.Namespace, cuda: bool) -> float:
