@@ -201,8 +201,7 @@ def evaluate(
     how = objective.pairs or "best-worst"
     packs = strangers = batch.packs(examples, works, how, device)
     if objective.mismatches:
-        partners = batch.partners(examples.arrays.prompts, range(len(examples)))
-        strangers = batch.packs(examples.mismatched(partners, args.max_length), works, how, device)
+        strangers = batch.packs(references.strangers(examples, args.max_length), works, how, device)
     founds, logged = freeze(objective, policy, reference, packs, strangers, delta)
     subsets, tallies = ranking.pairs_by_subset(examples, how), []
     for work, pack, found in progress.bar(zip(works, packs, founds), "evaluation", len(packs)):

@@ -24,7 +24,6 @@ Left out: reading from object stores.
 """
 
 import inspect
-import os
 import re
 import sys
 from collections import Counter, defaultdict

@@ -77,31 +77,10 @@ class LanguageModel(nn.Module):
         return [module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def load(
-    path: str,
-    dtype: torch.dtype,
-    max_length: int,
-    weights: str = "pretrained",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    compute: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    vocabulary: int = 0,
-    reward_model: bool = False,
-) -> LanguageModel:
-    """A LanguageModel from a local directory or a hub name, on the CPU, in training mode with every dropout
-    at 0.
-
-    `weights` "random" starts from the directory's config.json alone, with transformers' own initialisation
-    under `seed`. Embeddings grow to `vocabulary` rows where they have fewer and are never shrunk; a new row
-    is the mean of the old ones plus noise that its index alone decides, so that equal models stay equal and
-    no two new tokens start as one vector. With `reward_model` a sequence classifier is taken too, as the
-    language model whose head it has lost. Raises ValueError: no such model, pickle weights, weights that are
-    missing or not finite, positions shorter than `max_length`, or an architecture for which packed attention
-    is not exact, which packing.py asks in fp32 and in `compute` on `device`, those of the training.
-    """
-    options = (weights, seed, trust_remote_code, compute, device, vocabulary, reward_model)
-    model = outline(path, dtype, max_length, *options)
+def load(path: str, *options: Any, **named: Any) -> LanguageModel:
+    """A LanguageModel from a local directory or a hub name, whole and on the CPU; its flags are those of
+    `outline`. Raises ValueError as that does, and for weights that are missing or not finite."""
+    model = outline(path, *options, **named)
     with loading.one_line(path):
         fill(model, torch.device("cpu"))
         return model
@@ -119,9 +98,19 @@ def outline(
     vocabulary: int = 0,
     reward_model: bool = False,
 ) -> LanguageModel:
-    """What `load` gives, its pretrained weights still on disk: the parameters have shapes and no memory until
-    `fill`. Heads and adapters may be added, and it may be sharded, in between. "random" weights are there at
-    once, the whole of them on every rank, so that a seed gives one model whatever the number of ranks."""
+    """A LanguageModel in training mode with every dropout at 0, its pretrained weights still on disk: the
+    parameters have shapes, `dtype`, and no memory until `fill`. Heads and adapters may be added, and it may
+    be sharded, in between.
+
+    `weights` "random" starts from the directory's config.json alone, with transformers' own initialisation
+    under `seed`; they are there at once, the whole of them on every rank, so that a seed gives one model
+    whatever the number of ranks. Embeddings grow to `vocabulary` rows where they have fewer and are never
+    shrunk; a new row is the mean of the old ones plus noise that its index alone decides, so that equal
+    models stay equal and no two new tokens start as one vector. With `reward_model` a sequence classifier is
+    taken too, as the language model whose head it has lost. Raises ValueError: no such model, pickle weights,
+    positions shorter than `max_length`, or an architecture for which packed attention is not exact, which
+    packing.py asks in fp32 and in `compute` on `device`, those of the training.
+    """
     with loading.one_line(path):
         found = loading.check(path, weights)
         config = loading.settings(path, trust_remote_code)

@@ -21,7 +21,6 @@ from typing import Any, Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 import attention

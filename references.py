@@ -147,7 +147,7 @@ def ready(
         return live, live
     root, failed = Path(args.cache_reference), ""
     for (split, mismatched), cache in found.caches.items():
-        short = _missing(cache)
+        short = _missing(cache) if found.lacking else np.arange(0)
         what = f"{split}, answers of other prompts" if mismatched else split
         number = len(cache.store)
         say(f"reference values of {what}: {number - len(short)} of {number} examples cached")

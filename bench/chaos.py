@@ -37,7 +37,6 @@ import torch  # noqa: E402
 
 import align  # noqa: E402
 import checkpoint  # noqa: E402
-import fsdp  # noqa: E402
 import metadata  # noqa: E402
 import sft  # noqa: E402
 import signals  # noqa: E402

@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import attention  # noqa: E402
 import batch  # noqa: E402
 import chat  # noqa: E402
 import data  # noqa: E402
@@ -35,7 +34,7 @@ CVAR = functools.partial(risk.cvar, confidence_level=0.97)
 
 
 def states(lm: model.LanguageModel, pack: batch.Pack) -> torch.Tensor:
-    return lm(pack.ids, pack.positions, attention.layout(pack.groups), pack.predict)
+    return lm(pack.ids, pack.positions, pack.layout, pack.predict)
 
 
 def in_dtype(lm: model.LanguageModel, dtype: torch.dtype) -> model.LanguageModel:

@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from step import describe_machine, report  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import attention  # noqa: E402
 import batch  # noqa: E402
 import chat  # noqa: E402
 import data  # noqa: E402
@@ -132,7 +131,7 @@ def make_operands(path: str, source: str, pairs: int) -> dict[str, Tensor]:
     examples = data.load(source, "train")[0][:pairs]
     pack = batch.pack([encode.encode(example, tokenizer, 512, 256, template) for example in examples])
     lm = model.load(path, torch.bfloat16, 512)
-    states = lm(pack.ids, pack.positions, attention.layout(pack.groups), pack.predict)  # (N, D)
+    states = lm(pack.ids, pack.positions, pack.layout, pack.predict)  # (N, D)
     noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)) * states.float().std(0) * NOISE
     hidden = (states.float() + noise).bfloat16()  # (N, D)
     weight = lm.head.weight.detach().contiguous()  # (V, D)

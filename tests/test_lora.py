@@ -5,15 +5,14 @@ A comment `red:` names a change that turns the test red.
 
 import functools
 import json
-import os
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import launch
 from safetensors.torch import load_file
 from test_attention import ARCHITECTURE, CONFIGS, PACK, POSITIONS, error, padded, softmax_in_fp64  # noqa: F401
 from test_config import exit_code, write_model
@@ -325,17 +324,6 @@ def test_a_checkpoint_is_not_merged_into_another_base(root, dpo, tmp_path, monke
 # ---- two processes
 
 
-def launch(root, jobs, processes):
-    path = root / f"jobs{processes}.json"
-    path.write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "tests/drive.py", str(path)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
 @pytest.fixture(scope="module")
 def pair(root):
     """Runs on 2 processes, without dropout, and with it whole, or cut after two steps and resumed with blocks
@@ -351,9 +339,9 @@ def pair(root):
 
     again = ["--resume", "auto", "--activation-checkpointing", "full"]
     jobs = [job("two", 0), job("whole", 0.3), job("cut", 0.3, cut), job("cut", 0.3, None, *again)]
-    launch(root, jobs, 2)
+    launch(root, jobs, 2, timeout=300)
     shutil.copytree(root / "two", root / "moved", ignore=shutil.ignore_patterns("final", "adapter", "step-4"))
-    launch(root, [job("one", 0), job("moved", 0, None, "--resume", "auto")], 1)
+    launch(root, [job("one", 0), job("moved", 0, None, "--resume", "auto")], 1, timeout=300)
     return root
 
 

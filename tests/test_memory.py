@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
 import align
 import attention

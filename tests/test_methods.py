@@ -8,16 +8,14 @@ labels; what is refused; and mutations that must not pass.
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -313,15 +311,8 @@ def jobs_of(base: Path, processes: int) -> list[dict]:
 
 def launch(base: Path, processes: int) -> None:
     """All training of this file for a number of processes; like that of test_train, but on one core each."""
-    path = base / f"jobs{processes}.json"
-    path.write_text(json.dumps(jobs_of(base, processes)), encoding="utf-8")
-    command = [sys.executable, "tests/drive.py", str(path)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    (base / f"said{processes}").write_text(done.stdout, encoding="utf-8")
+    said = conftest.launch(base, jobs_of(base, processes), processes)
+    (base / f"said{processes}").write_text(said, encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

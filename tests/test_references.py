@@ -4,14 +4,12 @@ A comment `red:` names a change that turns the test red.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import launch
 from test_config import exit_code, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,17 +44,6 @@ def root(tmp_path_factory):
     (root / "rows.jsonl").write_text("".join(f"{row}\n" for row in short[:20:2]), encoding="utf-8")
     (root / "held_out.jsonl").write_text("".join(f"{row}\n" for row in short[1:12:2]), encoding="utf-8")
     return root
-
-
-def launch(root, jobs, processes):
-    path = root / f"jobs{processes}.json"
-    path.write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "tests/drive.py", str(path)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 def job(root, name, *more, mutation=None):

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,14 +57,7 @@ def script(kind: str) -> str:
 
 
 def launch(base: Path, jobs: list[dict], processes: int) -> None:
-    path = base / f"jobs{processes}.json"
-    path.write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "tests/drive.py", str(path)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else "2"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    conftest.launch(base, jobs, processes, threads=1 if processes > 1 else 2, timeout=900)
 
 
 @pytest.fixture(scope="session")
