@@ -19,6 +19,7 @@ Left out: attention sinks, bidirectional and cross attention (refused), generati
 """
 
 import functools
+import inspect
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -35,6 +36,7 @@ NAME = "packed"
 TILE_ROWS = 256  # queries of a tile: a larger one wastes more products on what causality hides
 TILE_BYTES = 2**22  # of a tile's scores in fp32: what a CPU's caches hold
 KERNEL_WIDTH = 256  # of a head, the most that CUDA's kernels take
+ASKED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 needs no leave for it
 
 
 class Layout(NamedTuple):
@@ -300,8 +302,8 @@ def _varlen(
     if flash := _flash_attn():
         out = flash(*heads, *places, softmax_scale=scaling, causal=True, softcap=cap or 0.0, **options)
     elif cap is None:
-        grouped = key.shape[1] != query.shape[1]
-        out = varlen_attn(*heads, *places, scale=scaling, enable_gqa=grouped, **options)
+        options |= {"enable_gqa": key.shape[1] != query.shape[1]} if ASKED else {}
+        out = varlen_attn(*heads, *places, scale=scaling, **options)
     else:
         raise ValueError("a soft-cap on attention needs flash-attn on CUDA: pip install flash-attn")
     return out[..., :size].unsqueeze(0)

@@ -72,12 +72,15 @@ def child(job: dict) -> None:
     adapters = options.pop("lora", None)
     rows = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
     seconds = []
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):  # noqa: ANN002, ANN003
+            wait()
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):  # noqa: ANN002, ANN003
+            wait()
             seconds.append(time.perf_counter() - self.began)
 
     if "DPO" in job["name"]:
@@ -95,6 +98,7 @@ def child(job: dict) -> None:
         }
         for row in rows
     ]
+    cuda = not options.get("use_cpu", True)
     settings = {
         "output_dir": job["folder"], "per_device_train_batch_size": job["pairs"], "max_steps": job["steps"],
         "max_length": MAX_LENGTH, "learning_rate": 5e-6, "use_cpu": True, "report_to": "none", "save_strategy": "no",
@@ -112,6 +116,7 @@ def child(job: dict) -> None:
     run.train()
     losses = [row["loss"] for row in run.state.log_history if "loss" in row]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else peak
     print(json.dumps({"seconds": seconds, "peak_gb": peak, "loss": losses[0], "trl": trl.__version__}))
 
 

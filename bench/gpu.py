@@ -1,0 +1,340 @@
+"""What a GPU does with a step: tokens a second, MFU and memory of models of three sizes, in under 10 minutes.
+
+    python bench/gpu.py [--models smollm2 1b 8b] [--rows dpo "dpo, cached"] [--trl] [--profile 1b] [--out DIR]
+
+Drives the real scripts, one process a row, on models of SHAPES with random weights, written as ordinary
+folders first and loaded from there: speed and memory do not depend on what weights say. A row that cannot fit
+is refused by align.py itself, and its line says so. Medians over --steps steps after --warmup; the run is
+stopped when it has logged them, for its last save would take longer than all of it.
+
+    MFU, 6N       6 N tokens / s / peak, N the weights without the input embedding: what papers print, whatever
+                  was computed; of LoRA 4 N
+    with ref      8 N where a live reference's forward is part of the step
+    counted       all products that memory.flops counts (a head at trained tokens only, attention, recomputation)
+
+The peak is the data sheet's dense bf16 rate (memory.CARDS), the rate of one product of 8192^3 is measured
+beside it. With --trl, TRL's trainers on the same pairs in this interpreter, if it has trl; --profile runs one
+step of dpo under torch's profiler: where a GPU's time goes, and how much of it no kernel runs.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import chat  # noqa: E402
+import data  # noqa: E402
+import encode  # noqa: E402
+import loading  # noqa: E402
+import memory  # noqa: E402
+from step import report  # noqa: E402
+from vs_trl import choose_pairs  # noqa: E402
+
+# Of SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B.
+WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {
+    "smollm2": dict(zip(WIDTHS, (576, 1536, 30, 9, 3)), head_dim=64, vocab_size=49152, tie_word_embeddings=True),
+    "1b": dict(zip(WIDTHS, (2048, 8192, 16, 32, 8)), head_dim=64, vocab_size=128256, tie_word_embeddings=True),
+    "8b": dict(zip(WIDTHS, (4096, 14336, 32, 32, 8)), head_dim=128, vocab_size=128256, tie_word_embeddings=False),
+}
+# Flags of each model; pairs of a step.
+HOW = {
+    "smollm2": (128, ["--tokens-per-microbatch", "32768", "--activation-checkpointing", "none"]),
+    "1b": (128, ["--tokens-per-microbatch", "16384", "--activation-checkpointing", "none"]),
+    "8b": (64, ["--tokens-per-microbatch", "8192", "--activation-checkpointing", "full"]),
+}
+ROWS = {
+    "sft": ["sft.py"],
+    "dpo": ["align.py", "--loss", "dpo"],
+    "dpo, cached": ["align.py", "--loss", "dpo"],
+    "ra_dpo1, cvar": ["align.py", "--loss", "ra_dpo1", "--risk", "cvar"],
+    "ra_dpo1, cvar, cached": ["align.py", "--loss", "ra_dpo1", "--risk", "cvar", "--cache-hidden", "true"],
+    "sft, LoRA": ["sft.py", "--lora-rank", "16"],
+    "dpo, LoRA": ["align.py", "--loss", "dpo", "--lora-rank", "16"],
+}
+AUTOCAST = {"bf16": True, "gradient_checkpointing": False, "use_cpu": False, "per_device_train_batch_size": 8}
+TRL = {
+    "TRL SFT, 8 at a time": AUTOCAST,
+    "TRL DPO, 8 at a time": AUTOCAST,
+    "TRL DPO, LoRA, 8 at a time": AUTOCAST
+    | {"weights": "bfloat16", "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}},
+}
+ANCHORS = """Published, other data and lengths: 7B DPO on 16 H100, 5,282 tokens/s/GPU, MFU 22.5 % (open-instruct);
+8B SFT on one H200, MFU 57.8 % (KempnerForge); 8B LoRA SFT on one H100, 10,115 tokens/s (Liger)."""
+# Of kernels by their names; the first that matches.
+KINDS = {
+    "attention": r"flash|fmha|attention",
+    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|splitK",
+    "AdamW": r"multi_tensor|fused_adam|FusedAdam",
+    "copies": r"Memcpy|Memset|copy|CatArray|nccl",
+    "index and gather": r"index|gather|scatter|embedding|sort",
+    "elementwise and sums": r"elementwise|reduce|softmax|Reduce|norm|triton",
+}
+
+
+def make(name: str, folder: Path) -> Path:
+    """A folder with a model of random bf16 weights, made on the GPU, and the tokenizer of examples/tiny."""
+    path = folder / name
+    if not path.exists():
+        settings = transformers.LlamaConfig(
+            **SHAPES[name], max_position_embeddings=8192, dtype="bfloat16", bos_token_id=None, eos_token_id=2
+        )
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            lm = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+        lm.save_pretrained(path)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(ROOT / "examples" / "tiny" / file, path)
+        del lm
+        torch.cuda.empty_cache()
+    return path
+
+
+def run(command: list[str], steps: int, out: Path, wait: float = 300) -> dict:
+    """The rows of a script that is stopped after so many steps, or why there are none."""
+    began, rows, path = time.perf_counter(), [], out / "metrics.jsonl"
+    env = dict(os.environ, OMP_NUM_THREADS="8", HF_HUB_OFFLINE="1")
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors, env=env)
+        while child.poll() is None and len(rows) < steps and time.perf_counter() - began < wait:
+            time.sleep(0.2)
+            rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        start = time.perf_counter() - began
+        child.kill()
+        child.wait()
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    shutil.rmtree(out, ignore_errors=True)
+    if len(rows) < steps:
+        found = [line for line in said if line.startswith("error:")] or said[-1:] or ["no word"]
+        return {"failed": found[0][:200]}
+    rows = [json.loads(row) for row in rows[:steps]]
+    start -= sum(row["step_s"] for row in rows)
+    return {"rows": rows, "start_s": start}
+
+
+def command(label: str, path: Path, data: Path, cache: Path, out: Path, steps: int) -> list[str]:
+    pairs, how = HOW[path.name]
+    made = [sys.executable, *ROWS[label], "--model", str(path), "--data", str(data), "--out", str(out), *how]
+    made += ["--batch-size", str(pairs), "--steps", str(steps + 1), "--warmup-steps", "1", "--eval-every", "0"]
+    made += ["--device", "cuda", "--max-length", "512", "--log-every", "1000"]
+    if "cached" in label:
+        made += ["--cache-reference", str(cache), "--yes", "true"]
+    return made
+
+
+def shares(path: Path, file: Path) -> dict[bool, float]:
+    """Of the tokens, those that are trained: in pairs, and (True) in SFT on the chosen answers."""
+    tokenizer = loading.load_tokenizer(str(path))
+    template = chat.chat_template(tokenizer, None)
+    rows = [encode.encode(row, tokenizer, 512, 256, template) for row in data.load(str(file), "train")[0][:500]]
+    chosen = sum(len(row.completions[0]) for row in rows)
+    pairs = sum(row.trained_tokens for row in rows) / sum(row.tokens for row in rows)
+    return {False: pairs, True: chosen / (chosen + sum(len(row.prompt) for row in rows))}
+
+
+def counted(label: str, path: Path, trained: float) -> tuple[float, float, float]:
+    """FLOPs a token: 6 N, that with the reference, and all products."""
+    adapt = None
+    if "LoRA" in label:
+        options = argparse.Namespace(model=str(path), **memory.ADAPTERS)
+        adapt = functools.partial(memory.lora.insert, args=options)
+    body = memory.body(transformers.AutoConfig.from_pretrained(path), adapt=adapt)
+    weights = memory.numbers(body.weights)
+    if not SHAPES[path.name]["tie_word_embeddings"]:
+        weights -= body.head[0] * body.head[1]
+    live = "dpo" in label and "cached" not in label
+    reference = "live" if live else "hidden" if "ra_dpo1" in label else "cached" if "cached" in label else "none"
+    checkpointing = HOW[path.name][1][-1]
+    how = memory.Run(1, checkpointing=checkpointing, reference=reference, drift="ra_dpo1" in label, cuda=True)
+    plain = (4 if "LoRA" in label else 6) * weights
+    return plain, plain + 2 * weights * live, memory.flops(body, how, 1.0, trained, 150.0)
+
+
+def measured_rate() -> float:
+    """FLOP a second of one bf16 product of 8192^3."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(20):
+        a @ b
+    end.record()
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (begin.elapsed_time(end) / 1e3)
+
+
+def profiled(argv: list[str]) -> None:
+    """align.py with one step under the profiler; prints microseconds of each kind of kernel as JSON."""
+    import align
+    import batch
+    import rundir
+
+    steps = int(argv[argv.index("--steps") + 1]) - 1
+    kinds = torch.profiler.ProfilerActivity
+    profiler = torch.profiler.profile(activities=[kinds.CUDA, kinds.CPU])
+    packs, calls, began = batch.packs, [], []
+
+    def begin(*parts):  # noqa: ANN002, ANN202
+        calls.append(parts)
+        if len(calls) == steps:
+            torch.cuda.synchronize()
+            profiler.start()
+            began.append(time.perf_counter())
+        return packs(*parts)
+
+    def end(args, rank, total, row) -> None:  # noqa: ANN001
+        if len(calls) < steps:
+            return
+        torch.cuda.synchronize()
+        whole = (time.perf_counter() - began[0]) * 1e6
+        profiler.stop()
+        found, longest = dict.fromkeys([*KINDS, "other kernels"], 0.0), {}
+        for event in profiler.events():
+            if event.device_type.name == "CUDA":
+                kind = next((k for k, names in KINDS.items() if re.search(names, event.name)), "other kernels")
+                found[kind] += event.device_time
+                longest[event.name[:90]] = longest.get(event.name[:90], 0) + event.device_time
+        found["no kernel"] = whole - sum(found.values())
+        most = sorted(longest.items(), key=lambda item: -item[1])[:25]
+        print(json.dumps({"kinds": found, "most": most}), flush=True)
+        os._exit(0)
+
+    batch.packs, rundir.write_row = begin, end
+    align.main(argv)
+
+
+def against_trl(path: Path, pairs: Path, steps: int, folder: Path) -> dict[str, dict]:
+    found = {}
+    for label, options in TRL.items():
+        many = HOW[path.name][0]
+        options = options | {"gradient_accumulation_steps": many // options["per_device_train_batch_size"]}
+        job = {"name": label, "options": options, "data": str(pairs / "trl.jsonl"), "steps": steps}
+        job |= {"model": str(path), "pairs": many, "folder": str(folder / "trl")}
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        call = [sys.executable, "bench/vs_trl.py", "--model", "-", "--child", str(folder / "job.json")]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            found[label] = {"failed": last[:200]}
+        else:
+            found[label] = json.loads(done.stdout.strip().splitlines()[-1])
+        print(path.name, label, json.dumps(found[label])[:300], file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["profiled"]:
+        profiled(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--data", default="examples/hh_train.jsonl")
+    parser.add_argument("--trl", nargs="*", choices=SHAPES, default=[], help="models that TRL trains too")
+    parser.add_argument("--profile", nargs="*", choices=SHAPES, default=[], help="models whose dpo is profiled")
+    parser.add_argument("--flags", default="", help="more flags of the scripts")
+    parser.add_argument("--out", type=Path, default=None, help="a folder for table and records")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: bench/gpu.py: no CUDA device here; bench/step.py measures a CPU")
+
+    card = torch.cuda.get_device_properties(0)
+    peak = next((rate for name, rate in memory.CARDS.values() if name in card.name), None)
+    measured = measured_rate()
+    peak = 1e12 * peak if peak else measured
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    about = f"{card.name}, {card.total_memory / 1e9:.0f} GB, {peak / 1e12:.0f} TFLOP/s by its data sheet, "
+    about += f"{measured / 1e12:.0f} measured at 8192^3; torch {torch.__version__}, transformers "
+    about += f"{transformers.__version__}, commit {commit.stdout.strip() or 'none'}; HH, max length 512, bf16"
+    about += f"; medians of {args.steps} steps after {args.warmup}"
+    lines = [about, ""]
+    lines += ["| model | run | tokens/s | s/step | tokens a step | MFU, 6N | with ref | counted | peak GB | start s |"]
+    lines += ["|---" * 10 + "|"]
+    record: dict = {"about": about, "rows": {}}
+    total = args.warmup + args.steps
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model in args.models:
+            path, out, cache = make(model, folder / "models"), folder / "run", folder / "cache"
+            many, pairs = HOW[model][0], folder / f"pairs_{model}"
+            pairs.mkdir(exist_ok=True)
+            _, lengths, short = choose_pairs(str(path), args.data, min(many * total, 1800), pairs)
+            file, ours = pairs / "ours.jsonl", {}
+            trained = shares(path, file)
+            for label in args.rows:
+                made = command(label, path, file, cache, out, total) + args.flags.split()
+                if "cached" in label:
+                    fill = subprocess.run(
+                        [*made, "--cache-reference-only", "true"], cwd=ROOT, capture_output=True, text=True
+                    )
+                    if fill.returncode:
+                        print(model, label, "cache:", fill.stderr.strip()[-300:], file=sys.stderr, flush=True)
+                ours[label] = run(made, total, out)
+                said = ours[label].get("failed") or ours[label]["rows"][-1]["step_s"]
+                print(model, label, said, file=sys.stderr, flush=True)
+            for label, found in ours.items():
+                if "failed" in found:
+                    lines.append(f"| {model} | {label} | {found['failed']} |" + " - |" * 7)
+                    continue
+                rows = found["rows"][args.warmup :]
+                tokens = sum(row["tokens"] for row in rows)
+                rate = tokens / sum(row["step_s"] for row in rows)
+                parts = [rate * work / peak for work in counted(label, path, trained["sft" in label])]
+                gb = max(row["mem_gb"] for row in rows)
+                seconds = statistics.median(row["step_s"] for row in rows)
+                lines.append(
+                    f"| {model} | {label} | {rate:,.0f} | {seconds:.3f} | {tokens / len(rows):,.0f} | {parts[0]:.1%} | "
+                    f"{parts[1]:.1%} | {parts[2]:.1%} | {gb:.1f} | {found['start_s']:.0f} |"
+                )
+                record["rows"][f"{model}, {label}"] = {"tok_per_s": rate, "step_s": seconds, "gb": gb, "mfu": parts}
+            if model in args.trl:
+                for label, found in against_trl(path, pairs, total, folder).items():
+                    if "failed" in found:
+                        lines.append(f"| {model} | {label} | {found['failed']} |" + " - |" * 7)
+                        continue
+                    spent = found["seconds"][args.warmup :]
+                    counts = (short if "SFT" in label else lengths)[many * args.warmup : many * total]
+                    lines.append(
+                        f"| {model} | {label} | {sum(counts) / sum(spent):,.0f} | {statistics.median(spent):.3f} | "
+                        f"{sum(counts) / len(spent):,.0f} | - | - | - | {found['peak_gb']:.1f} | - |"
+                    )
+                    record["rows"][f"{model}, {label}"] = {"step_s": statistics.median(spent), "gb": found["peak_gb"]}
+            if model in args.profile:
+                made = command("dpo", path, file, cache, out, total) + args.flags.split()
+                made[1:2] = ["bench/gpu.py", "profiled"]
+                done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True)
+                shutil.rmtree(out, ignore_errors=True)
+                if done.returncode:
+                    print("profile:", done.stderr[-500:], file=sys.stderr)
+                else:
+                    found = record[f"profile {model}"] = json.loads(done.stdout.strip().splitlines()[-1])
+                    whole = sum(found["kinds"].values())
+                    lines += ["", f"| where a step of dpo, {model}, goes | ms | share |", "|---|---|---|"]
+                    lines += [f"| {k} | {v / 1e3:.1f} | {v / whole:.0%} |" for k, v in found["kinds"].items()]
+                    lines += [f"| _{name}_ | {spent / 1e3:.1f} | |" for name, spent in found["most"][:12]]
+            shutil.rmtree(path)
+            shutil.rmtree(cache, ignore_errors=True)
+    lines += ["", "Tokens are those of the packed form (a prompt once), for TRL too. " + ANCHORS]
+    report(lines, record, args.out and args.out / "gpu.md")
+
+
+if __name__ == "__main__":
+    main()
