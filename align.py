@@ -86,6 +86,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--offload", choices=("reference",), default=None, help="its weights rest on the CPU")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
     add("--activation-checkpointing", choices=("none", "selective", "full"), default="full")
+    add("--compile", type=config.boolean, default=False, help="what blocks do between products, for GPUs")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
     add("--sample-prompts", type=config.count_or_zero, default=0, help="held out, answered at evaluation")
@@ -285,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
     model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
+    if args.compile:
+        model.compile_blocks(policy, reference)
     with config.user_errors():
         place = functools.partial(model.place, dtype=dtype, device=device, replicate=args.replicate)
         place(policy)
@@ -365,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             policy.set_requires_gradient_sync(args.micro_batch_sync == "every" or pack is packs[-1])
             out, stats = forward(objective, policy, reference, pack, twin, found)
             if step == 0 and same_weights:
-                check_start(stats, references.TOLERANCE[args.dtype] if kept else 0.0)
+                check_start(stats, references.TOLERANCE[args.dtype] if kept or args.compile else 0.0)
             # FSDP averages over ranks; the sum over all units of the step is divided by their number
             ((out.losses @ objective.weights(pack)) * (world_size / number)).backward()
             tallies.append(tally(objective, out, stats, pack))

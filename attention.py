@@ -18,6 +18,7 @@ its attention interface works unchanged.
 Left out: attention sinks, bidirectional and cross attention (refused), generation with a cache (use "sdpa").
 """
 
+import dataclasses
 import functools
 import inspect
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
@@ -46,6 +47,14 @@ class Layout(NamedTuple):
     keys: Tensor | None  # (sum key_sizes,) index into the row; None where it would be 0, 1, 2, ...
     query_offsets: Tensor  # (S + 1,) int32, cumulative sizes as variable-length kernels want them
     key_offsets: Tensor  # (S + 1,) int32
+
+
+@dataclasses.dataclass(eq=False)
+class Sealed:
+    """A Layout as it goes through a model's blocks: what walks their arguments, FSDP and torch.compile, does
+    not look into its lists, which are others in every pack."""
+
+    layout: Layout
 
 
 def layout(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
@@ -90,7 +99,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    layout: Layout | None = None,
+    layout: Sealed | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -108,9 +117,10 @@ def attend(
     if dropout or s_aux is not None or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ValueError("packed attention has no dropout, sinks, masks or bidirectional layers")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    how = layout.layout, scaling, sliding_window, softcap
     if query.is_cuda and query.element_size() == 2:
-        return _varlen(query, key, value, layout, scaling, sliding_window, softcap), None
-    return _Segments.apply(query, key, value, layout, scaling, sliding_window, softcap), None
+        return _varlen(query, key, value, *how), None
+    return _Segments.apply(query, key, value, *how), None
 
 
 AttentionInterface.register(NAME, attend)

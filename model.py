@@ -9,6 +9,8 @@ encoder-decoders, images, GPT-Neo and others with attention code of their own.
 
 import argparse
 import copy
+import functools
+import itertools
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -16,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
@@ -40,8 +42,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, layout: attention.Layout, predict: Tensor) -> Tensor:
         """ids, positions (1, T), predict (N,) -> the last hidden states at `predict` (N, D)."""
-        body = self.lm.base_model
-        states = body(input_ids=ids, position_ids=positions, layout=layout, use_cache=False).last_hidden_state
+        body, sealed = self.lm.base_model, attention.Sealed(layout)
+        states = body(input_ids=ids, position_ids=positions, layout=sealed, use_cache=False).last_hidden_state
         return states[0].index_select(0, predict)
 
     def generate(self, answers: Callable[[nn.Module], Any]) -> Any:
@@ -50,7 +52,8 @@ class LanguageModel(nn.Module):
         self.lm.eval()
         self.lm.set_attn_implementation("eager")  # every architecture has that, soft-caps included
         try:
-            return answers(self.lm)
+            with torch.compiler.set_stance("force_eager"):
+                return answers(self.lm)
         finally:
             self.lm.set_attn_implementation(attention.NAME)
             self.lm.train()
@@ -274,6 +277,31 @@ def checkpoint_activations(model: LanguageModel, which: str) -> None:
     if which == "selective":
         for block in model.blocks[1::2]:
             block.gradient_checkpointing = False
+
+
+def compile_blocks(*models: Any) -> None:
+    """Let torch.compile fuse what a block does between its matrix products, for rows of any length; packed
+    attention stays as it is, a break in the middle. Blocks of a class share what is compiled, within what
+    activation checkpointing runs again and FSDP gathers around. In place, of those that are LanguageModels."""
+    AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))
+    whole = [model for model in models if isinstance(model, LanguageModel)]
+    for block in itertools.chain(*(model.blocks for model in whole)):
+        block.forward = functools.partial(_compiled_forward, block, _compiled(type(block)))
+
+
+@functools.cache
+def _compiled(kind: type) -> Callable:
+    """The forward of a class of blocks, without transformers' checkpointing around it. What is fused rounds
+    where it would have rounded alone: else a policy and its reference, one of them with a backward to come,
+    would differ before the first step."""
+    options = {"emulate_precision_casts": True}
+    return torch.compile(kind.forward.__wrapped__, dynamic=True, options=options)
+
+
+def _compiled_forward(block: nn.Module, run: Callable, *args: Any, **named: Any) -> Any:
+    if block.gradient_checkpointing and block.training:
+        return block._gradient_checkpointing_func(functools.partial(run, block, **named), *args)
+    return run(block, *args, **named)
 
 
 def _cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:

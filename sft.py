@@ -71,6 +71,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over trained tokens")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
     add("--activation-checkpointing", choices=("none", "selective", "full"), default="full")
+    add("--compile", type=config.boolean, default=False, help="what blocks do between products, for GPUs")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
     add("--sample-prompts", type=config.count_or_zero, default=0, help="held out, answered at evaluation")
@@ -188,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.method == "csft":
         tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + chat.ASK_FOR_GOOD
     model.checkpoint_activations(policy, args.activation_checkpointing)
+    if args.compile:
+        model.compile_blocks(policy)
     with config.user_errors():
         model.place(policy, dtype, device, replicate=args.replicate)
     optimizer = torch.optim.AdamW(

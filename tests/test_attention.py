@@ -290,7 +290,7 @@ def test_attend_is_the_rule(row, window, cap):
     # red: tril() without the diagonal; is_causal for a second completion; triu(... + 2); no tanh
     query, key, value = random_heads(ROWS[row])
     layout = attention.layout(ROWS[row])
-    out, _ = attention.attend(None, query, key, value, None, layout, 0.7, 0.0, window, cap)
+    out, _ = attention.attend(None, query, key, value, None, attention.Sealed(layout), 0.7, 0.0, window, cap)
     expected = softmax_attention(query, key, value, who_sees_whom(ROWS[row], window), 0.7, cap)
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
 
@@ -342,7 +342,7 @@ def test_varlen_kernels_fed_by_the_layout_equal_the_loop(monkeypatch, backend, r
     for wide, narrow in ((8, 8), (6, 3)):  # and values narrower than keys, as in latent attention
         parts = (query[..., :wide], key[..., :wide], value[..., :narrow])
         heads = [states.detach().requires_grad_() for states in parts]
-        expected, _ = attention.attend(None, *heads, None, layout, 0.7, 0.0, window, cap)
+        expected, _ = attention.attend(None, *heads, None, attention.Sealed(layout), 0.7, 0.0, window, cap)
         out = attention._varlen(*heads, layout, 0.7, window, cap)
         torch.testing.assert_close(out, expected)
         upstream = torch.randn_like(out)
@@ -392,7 +392,7 @@ def test_tiles_change_nothing(monkeypatch, rows, window, cap):
     for size in (256, rows):
         monkeypatch.setattr(attention, "TILE_ROWS", size)
         heads = [states.detach().requires_grad_() for states in random_heads(groups)]
-        out, _ = attention.attend(None, *heads, None, attention.layout(groups), 0.7, 0.0, window, cap)
+        out, _ = attention.attend(None, *heads, None, attention.Sealed(attention.layout(groups)), 0.7, 0.0, window, cap)
         upstream = torch.randn_like(out) if upstream is None else upstream
         found.append([out, *torch.autograd.grad(out, heads, upstream)])
     for whole, tiled in zip(*found):
@@ -404,7 +404,7 @@ def test_tiles_change_nothing(monkeypatch, rows, window, cap):
 def test_attend_refuses_what_it_cannot_do(name):
     query, key, value = random_heads(ROWS["one"])
     module = types.SimpleNamespace(is_causal=name != "encoder")
-    right = {"attention_mask": None, "layout": attention.layout(ROWS["one"])}
+    right = {"attention_mask": None, "layout": attention.Sealed(attention.layout(ROWS["one"]))}
     wrong = {"layout": None, "dropout": 0.1, "s_aux": torch.ones(4), "attention_mask": torch.ones(1, 1, 9, 9)}
     with pytest.raises(ValueError, match=r"^[^\n]*$"):
         attention.attend(module, query, key, value, **right | {k: wrong[k] for k in wrong if k == name})
