@@ -340,7 +340,7 @@ def _tokens(made: argparse.ArgumentParser, path: Path, typed: list[str]) -> list
             (
                 i
                 for i, row in enumerate(text.splitlines(), 1)
-                if re.match(rf"[\s{{,]*\"?{re.escape(key)}\"?\s*[=:]", row)
+                if re.match(rf"(?:[^#]*[{{,])?\s*\"?{re.escape(key)}\"?\s*[=:]", row)
             ),
             1,
         )

@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         list(pool.map(lambda loss: run(loss, args), missing))
     found = read(args.results, told)
     print(table([found[loss] for loss in args.losses if loss in found]))
-    sys.exit(any(loss not in found for loss in args.losses))
+    sys.exit(int(any(loss not in found for loss in args.losses)))
 
 
 if __name__ == "__main__":
