@@ -2,7 +2,7 @@
 
 argparse is the only schema. A config file, given as the first argument, is turned into tokens placed before
 the rest of the command line, so that its values pass the very same checks and the command line wins. A table
-named after a flag, such as [loss], holds keys by the flag's value: `simpo = {lr = 2e-6}` where --loss is simpo.
+named after a flag, such as [loss], holds keys by the flag's value: `simpo = {lr = 2e-6}` is for --loss simpo.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Twenty steps of every loss from its starting point: which are sound, which noisy, which need care?
 
-    python bench/starts.py --model models/smollm2 [--losses dpo kto ...] [--steps 20] [--jobs 8] [--device cuda]
+    python bench/starts.py --model models/smollm2 [--losses dpo kto] [--steps 20] [--jobs 8] [--device cuda]
     python bench/starts.py --model examples/tiny --weights random --results /tmp/starts.jsonl
 
 Drives the real align.py, a process a run and --jobs of them at a time, from configs/hh_smollm2.toml, whose
@@ -10,10 +10,10 @@ of the steps is warm-up, a cosine to 0 follows. Flags not named here go to every
 Prints them as a Markdown table; exit code 1 if a run failed, whose log is kept in --out.
 
     loss, first and last     of the training batches: step 0, mean of the last five
-    held out                 the loss, before and after, on the same --eval-examples pairs (or what a loss counts)
+    held out                 the loss, before and after, on the same --eval-examples rows
     noise                    of the held-out loss: the standard deviation of a training step's loss (of its
                              successive differences, over the root of 2: a trend does not count), times the
-                             root of (batch size / held-out examples)
+                             root of (batch size / held-out pairs, or what the loss counts)
     accuracy, margin, KL     held out, after: of rewards, or of log-probabilities without a reference; the
                              sequential KL(ref, policy) of chosen / rejected answers in nats
     needs care               a step not finite, or the held-out loss rises by more than its noise, or the

@@ -2,9 +2,9 @@
 
     python examples/drift.py runs/dpo/final runs/ra_dpo1/final --reference runs/sft/final --out drift.png
 
-A line a model in OUT.jsonl: mean, quantiles, and the 95 and 99 % CVaR, the means of the worst 5 and 1 % of the
-tokens (of both answers of a pair; nats; body and head in fp32). The figure, PNG and SVG, is the share of tokens
-that drift farther than x; the dots are the CVaRs, at the height of their shares.
+A line a model beside the figure, as .jsonl: mean, quantiles, and the 95 and 99 % CVaR, the means of the worst
+5 and 1 % of the tokens (of both answers of a pair; nats; body and head in fp32). The figure, PNG and SVG, is
+the share of tokens that drift farther than x; the dots are the CVaRs, at the height of their shares.
 """
 
 import argparse
@@ -35,8 +35,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 
 @torch.no_grad()
-def drifts(models: Sequence[str], reference: str, source: str, pairs: int, length: int) -> Iterator[np.ndarray]:
-    """Of each model the KL (N,) of every trained token of the first so many rows, prompts cut to half of length."""
+def drifts(
+    models: Sequence[str], reference: str, source: str, pairs: int, length: int
+) -> Iterator[np.ndarray]:
+    """Of each model the KL (N,) of the trained tokens of the first so many rows; prompts are cut to half of
+    `length`."""
     tokenizer = loading.load_tokenizer(reference)
     template = chat.chat_template(tokenizer, None)
     rows = data.load(source, "test")[0][:pairs]
@@ -47,14 +50,15 @@ def drifts(models: Sequence[str], reference: str, source: str, pairs: int, lengt
     for path in models:
         policy, found = model.load(path, torch.float32, length), []
         for pack in packs:
-            mine, theirs = (lm(pack.ids, pack.positions, pack.layout, pack.predict) for lm in (policy, frozen))
-            twin = (theirs, frozen.head)
-            found.append(vocab.token_statistics(mine, policy.head, pack.targets, twin).kl)  # (N,)
+            where = pack.ids, pack.positions, pack.layout, pack.predict
+            hidden, known = policy(*where), frozen(*where)  # (N, D) each
+            tokens = vocab.token_statistics(hidden, policy.head, pack.targets, (known, frozen.head))
+            found.append(tokens.kl)  # (N,)
         yield torch.cat(found).numpy()
 
 
 def summary(kl: np.ndarray) -> dict[str, Any]:
-    """Of the KL (N,) of tokens: the mean, the mean of the largest shares of TAILS, the quantiles of SHARES."""
+    """Of the KL (N,) of tokens: the mean, that of the largest shares of TAILS, the quantiles of SHARES."""
     ordered = np.sort(kl)[::-1]
     found = {"tokens": len(kl), "mean": float(kl.mean())}
     found |= {name: float(ordered[: max(1, round(share * len(kl)))].mean()) for name, share in TAILS.items()}
@@ -73,6 +77,7 @@ def figure(rows: dict[str, dict[str, Any]], path: Path) -> None:
         panel.plot([row[tail] for tail in TAILS], list(TAILS.values()), "o", color=colour, markersize=5)
         ends.append((line[1][-1], line[0][-1], name, colour))
     panel.set(xscale="log", yscale="log", xlabel="KL(reference || policy) of a token, nats")
+    panel.set_xlim(left=min(panel.get_xlim()[0], panel.get_xlim()[1] / 100))  # two decades of ticks
     panel.set_title("share of tokens beyond it; dots: CVaR at 95 and 99 %", loc="left", fontsize=11)
     frontier.name(panel, ends)
     frontier.save(made, path)

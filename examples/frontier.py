@@ -202,13 +202,15 @@ def save(made: Any, path: Path) -> None:
 
 def name(panel: Any, ends: list[tuple[float, float, str, str]]) -> None:
     """Each line's name in a column at the right, as high as its end is, but no two in one place."""
-    low, high = panel.get_ylim()
-    gap, heights = 0.053 * (high - low), []
-    for height, *_ in sorted(ends):
-        heights.append(max(height, heights[-1] + gap) if heights else height)
+    panel.get_ylim()  # settles the scale
+    places = panel.transData + panel.transAxes.inverted()  # a share of the panel's height, on any scale
+    gap, heights = 0.053, []
+    for height, drift, *_ in sorted(ends):
+        own = places.transform((drift, height))[1]
+        heights.append(max(own, heights[-1] + gap) if heights else own)
     for index in reversed(range(len(heights))):  # down again from the top of the panel
-        heights[index] = min(heights[index], heights[index + 1] - gap if heights[index + 1 :] else high)
+        heights[index] = min(heights[index], heights[index + 1] - gap if heights[index + 1 :] else 1.0)
     for (height, drift, method, colour), place in zip(sorted(ends), heights):
         end = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.5}
-        how = {"textcoords": ("axes fraction", "data"), "annotation_clip": False, "arrowprops": end}
+        how = {"textcoords": "axes fraction", "annotation_clip": False, "arrowprops": end}
         panel.annotate(method, (drift, height), (1.02, place), color=colour, fontsize=8, va="center", **how)

@@ -1,4 +1,4 @@
-"""The starting points of configs/hh_smollm2.toml, and bench/starts.py, which tries them, driven on a tiny model.
+"""The starting points of configs/hh_smollm2.toml, and bench/starts.py, which tries them, on a tiny model.
 
 `red:` names a change of the code that turns a test red.
 """
@@ -36,14 +36,16 @@ def test_every_loss_has_a_starting_point():
 
 
 def cells(text):
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
+    lines = [[cell.strip() for cell in line] for line in lines]
     return {row[0]: dict(zip(lines[0], row)) for row in lines[2:]}
 
 
 def test_starting_points_are_tried_once(base, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """red: a loss that is there run again, a failure recorded or without its exit code, the last step first."""
+    """red: a loss that is there run again, a failure recorded or without its exit code, the last step for
+    the first."""
     argv = ["--model", base / "model", "--weights", "random", "--results", tmp_path / "starts.jsonl"]
-    argv += ["--out", tmp_path / "out", "--steps", "6", "--eval-examples", "8", "--device", "cpu"]
+    argv += ["--out", tmp_path / "out", "--steps", "4", "--eval-examples", "8", "--device", "cpu"]
     argv += ["--data", base / "pairs.jsonl", "--eval-data", base / "pairs.jsonl", "--max-length", "64"]
     argv = [str(part) for part in [*argv, "--batch-size", "6", "--lr", "1e-3", "--dtype", "float32"]]
 
@@ -88,7 +90,7 @@ CASES = {  # losses of the steps -> held out, before and after -> status; the no
     "rises": (steps(1.0, 1.2, 1.0, 1.2, 1.0), (1.0, 1.2), "needs care"),
     "a norm explodes": (steps(1.0, 0.9, 0.8, norms=(1.0, 11.0, 1.0)), (1.0, 0.5), "needs care"),
     "norms are large": (steps(1.0, 0.9, 0.8, norms=(7e4, 9e4, 8e4)), (1.0, 0.5), "sound"),
-    "not finite": ([*steps(1.0, 0.9), {"loss": "nan", "grad_norm": "nan", "skipped": 1}], (1.0, 0.5), "needs care"),
+    "not finite": ([*steps(1.0, 0.9), {"loss": "nan", "skipped": 1}], (1.0, 0.5), "needs care"),
     "infinite at the end": (steps(1.0, 0.9), (1.0, "inf"), "needs care"),
 }  # fmt: skip
 
