@@ -38,13 +38,16 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 def drifts(
     models: Sequence[str], reference: str, source: str, pairs: int, length: int
 ) -> Iterator[np.ndarray]:
-    """Of each model the KL (N,) of the trained tokens of the first so many rows; prompts are cut to half of
-    `length`."""
+    """Of each model the KL (N,) of the trained tokens of so many rows, those that align.py evaluates on;
+    prompts are cut to half of `length`."""
     tokenizer = loading.load_tokenizer(reference)
     template = chat.chat_template(tokenizer, None)
-    rows = data.load(source, "test")[0][:pairs]
-    rows = [encode.encode(row, tokenizer, length, length // 2, template) for row in rows]
+    rows = [
+        encode.encode(row, tokenizer, length, length // 2, template) for row in data.load(source, "test")[0]
+    ]
     rows = [row for row in rows if not isinstance(row, str)]  # or why it cannot be used
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # as Store.subset
+    rows = [rows[index] for index in sorted(order[:pairs].tolist())]
     packs = [batch.pack(rows[start : start + PAIRS]) for start in range(0, len(rows), PAIRS)]
     frozen = model.load(reference, torch.float32, length)
     for path in models:
