@@ -45,7 +45,7 @@ def test_starting_points_are_tried_once(base, tmp_path, monkeypatch, capsys):  #
     """red: a loss that is there run again, a failure recorded or without its exit code, the last step for
     the first."""
     argv = ["--model", base / "model", "--weights", "random", "--results", tmp_path / "starts.jsonl"]
-    argv += ["--out", tmp_path / "out", "--steps", "4", "--eval-examples", "8", "--device", "cpu"]
+    argv += ["--out", tmp_path / "out", "--steps", "6", "--eval-examples", "8", "--device", "cpu"]
     argv += ["--data", base / "pairs.jsonl", "--eval-data", base / "pairs.jsonl", "--max-length", "64"]
     argv = [str(part) for part in [*argv, "--batch-size", "6", "--lr", "1e-3", "--dtype", "float32"]]
 
