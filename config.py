@@ -1,7 +1,8 @@
 """Command lines and errors: what a user typed, and the one line that says what is wrong with it.
 
 argparse is the only schema. A config file, given as the first argument, is turned into tokens placed before
-the rest of the command line, so that its values pass the very same checks and the command line wins.
+the rest of the command line, so that its values pass the very same checks and the command line wins. A table
+named after a flag, such as [loss], holds keys by the flag's value: `simpo = {lr = 2e-6}` is for --loss simpo.
 """
 
 import argparse
@@ -289,7 +290,7 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namesp
     or unfit for a path."""
     tokens = list(argv)
     if tokens and tokens[0].endswith((".toml", ".json")) and not tokens[0].startswith("-"):
-        tokens = _tokens(made, Path(tokens[0])) + tokens[1:]
+        tokens = _tokens(made, Path(tokens[0]), tokens[1:]) + tokens[1:]
     if bare := [token for token in tokens if token == "--" or token.endswith("=--")]:
         fail(bare[0], "a flag without its value")  # argparse would make it an empty list
     args = made.parse_args(tokens)
@@ -302,7 +303,25 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namesp
     return args
 
 
-def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
+def _by_value(made: argparse.ArgumentParser, path: Path, values: dict, typed: list[str]) -> dict:
+    """Values with each table named after a flag of choices replaced by its keys for the choice that is typed,
+    or the default; they win over those beside the table."""
+    flags = {action.dest: action for action in made._actions if action.choices}
+    tables = {key: value for key, value in values.items() if key in flags and isinstance(value, dict)}
+    found = {key: value for key, value in values.items() if key not in tables}
+    for key, table in tables.items():
+        flag = f"--{key.replace('_', '-')}"
+        for name, entry in table.items():
+            if name not in flags[key].choices or not isinstance(entry, dict):
+                fail(f"{path}: [{key}] {name}", f"must be a value of {flag} and its own keys")
+        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        peek.error = made.error
+        peek.add_argument(flag, default=flags[key].default)
+        found |= table.get(getattr(peek.parse_known_args(typed)[0], key), {})
+    return found
+
+
+def _tokens(made: argparse.ArgumentParser, path: Path, typed: list[str]) -> list[str]:
     with user_errors():
         text = files.read_text(path, MAX_CONFIG)
         if path.suffix == ".json":
@@ -313,7 +332,7 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
     tokens, given = [], set()
     options = _options(made)
     lists = {name for action in made._actions if action.nargs == "+" for name in action.option_strings}
-    for key, value in values.items():
+    for key, value in _by_value(made, path, values, typed).items():
         if key.endswith("_state"):  # of parts.py and rundir.py: what a flag named then
             continue
         flag = f"--{key.replace('_', '-')}"
@@ -321,7 +340,7 @@ def _tokens(made: argparse.ArgumentParser, path: Path) -> list[str]:
             (
                 i
                 for i, row in enumerate(text.splitlines(), 1)
-                if re.match(rf"[\s{{,]*\"?{re.escape(key)}\"?\s*[=:]", row)
+                if re.match(rf"(?:[^#]*[{{,])?\s*\"?{re.escape(key)}\"?\s*[=:]", row)
             ),
             1,
         )

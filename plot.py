@@ -6,8 +6,9 @@
 The page needs nothing but a browser and loads itself again as long as --live writes it again: every so many
 seconds, until no run is running any more, or Ctrl-C. Curves are the held-out evaluations (dots) and the
 training steps (lines, a running mean). The table is the last held-out evaluation, speeds are medians over
-steps; a column that no run has is left out. The figure (PNG) needs matplotlib, and is drawn unless --html is
-given without --out.
+steps; a column that no run has is left out. The figure (PNG, or SVG by the name of --out) needs matplotlib,
+and is drawn unless --html is given without --out; runs that differ by --seed alone are one curve in it, their
+mean, with a band from the least to the largest.
 
 Units: losses, kl, risk and log-probabilities in nats, rewards in nats times beta (without a reference:
 log-probabilities times beta), memory in GB.
@@ -53,6 +54,8 @@ HELD_OUT = [  # (heading, keys, format)
     ("perplexity", ("perplexity",), ".2f"),
 ]
 SPEEDS = [("tokens/s", "tok_per_s", ",.0f"), ("responses/s", "responses_per_s", ".1f")]
+# Okabe and Ito
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 POINTS = 400  # at most, of a training curve on the page
 SHOWN = 20_000  # characters of a sample on the page
 
@@ -203,86 +206,94 @@ def _plain(name: str) -> str:
 # -----------------------------------------------------------------------------------------------------
 
 
+def by_seed(runs: dict[str, Run]) -> list[tuple[str, list[Run]]]:
+    """Runs that differ by their seed alone, together, as "dpo-* (3)"; the others alone."""
+    groups: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        flags = {k: v for k, v in run.flags.items() if k not in ("seed", "out", "resume", "token_cache")}
+        groups.setdefault(json.dumps(flags, sort_keys=True) if flags else name, []).append(name)
+    found = []
+    for names in groups.values():
+        said = names[0] if len(names) == 1 else f"{os.path.commonprefix(names)}* ({len(names)})"
+        found.append((said, [runs[name] for name in names]))
+    return found
+
+
+def over_seeds(curves: list[Curve]) -> list[tuple[int, float, float, float]]:
+    """(step, mean, least, largest) at the steps that all of the curves have."""
+    values = [dict(points) for points in curves]
+    rows = [(s, [part[s] for part in values]) for s in sorted(set.intersection(*map(set, values)))]
+    return [(step, statistics.fmean(found), min(found), max(found)) for step, found in rows]
+
+
 def draw(runs: dict[str, Run], out: Path) -> None:
-    """Six panels over optimiser steps, one colour a run; the PNG appears when complete."""
+    """Six panels over optimiser steps, one colour a run, or mean and band of several seeds; the names at the
+    right. PNG or SVG, which appears when complete."""
     try:
-        import matplotlib
+        from matplotlib import figure, rcParams
     except ImportError:
         fail("a figure needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, PANELS):
-        for index, (name, run) in enumerate(runs.items()):
-            color, name = f"C{index}", name.replace("$", r"\$")  # else it is a formula
-            train, held_out = smooth(curve(run.train, keys)), curve(run.held_out, keys)
-            axis.plot(*zip(*train) if train else ([], []), color=color, alpha=0.35, linewidth=1.2)
-            dots = zip(*held_out) if held_out else ([], [])
-            marker = "o" if held_out else None
-            axis.plot(*dots, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=name)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("optimiser step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    axes.flat[0].legend(fontsize=8, frameon=False)
-    beside = out.with_name(f".{out.stem}.tmp.png")
-    figure.savefig(beside, dpi=120)
-    plt.close(figure)
+    style = {"font.size": 8, "axes.titlesize": 10, "axes.titlelocation": "left", "text.parse_math": False}
+    style |= {"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False}
+    rcParams.update(style)
+    made = figure.Figure(figsize=(14, 6.5), layout="constrained")
+    dots = {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
+    for axis, (title, keys) in zip(made.subplots(2, 3).flat, PANELS):
+        ends = []  # (height, name, colour)
+        for index, (name, seeds) in enumerate(by_seed(runs)):
+            color = COLORS[index % len(COLORS)]
+            train = over_seeds([smooth(curve(run.train, keys)) for run in seeds])
+            held_out = over_seeds([curve(run.held_out, keys) for run in seeds])
+            for points, how in ((train, {"alpha": 0.4, "linewidth": 1.2}), (held_out, dots)):
+                steps, means, least, largest = zip(*points) if points else [()] * 4
+                axis.plot(steps, means, color=color, **how)
+                axis.fill_between(steps, least, largest, color=color, alpha=0.15, linewidth=0)
+            ends += [(points[-1][1], name, color) for points in (held_out or train,) if points]
+        (low, high), place = axis.get_ylim(), math.inf
+        for value, name, color in sorted(ends, reverse=True):  # no two names in one place
+            place = min((value - low) / (high - low), place - 0.07)
+            axis.text(1.02, place, name, color=color, va="center", transform=axis.transAxes)
+        axis.set(title=title, xlabel="optimiser step")
+    kind = "svg" if out.suffix.lower() == ".svg" else "png"
+    beside = out.with_name(f".{out.stem}.tmp.{kind}")
+    made.savefig(beside, dpi=120)
     beside.replace(out)
 
 
 # ---- the page
 # -------------------------------------------------------------------------------------------------------
 
-PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">$refresh
+PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8">$refresh
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>
+<title>$title</title><style>
 :root { color-scheme: light dark; --page: #fcfcfa; --ink: #22252a; --dim: #667079; --line: #dfe1dd; }
 .c0 { --c: #0a7350; } .c1 { --c: #c2571a; } .c2 { --c: #3563b8; } .c3 { --c: #a8327d; }
 .c4 { --c: #8a6d00; } .c5 { --c: #0f7f96; } .c6 { --c: #b3332f; } .c7 { --c: #6a55b5; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #15181b; --ink: #dfe3e6; --dim: #8d979f; --line: #30363b; }
   .c0 { --c: #5fd1a3; } .c1 { --c: #f2945c; } .c2 { --c: #82aaf5; } .c3 { --c: #e58bc4; }
-  .c4 { --c: #d6b84a; } .c5 { --c: #5cc6dd; } .c6 { --c: #f08a85; } .c7 { --c: #b3a2f2; }
-}
+  .c4 { --c: #d6b84a; } .c5 { --c: #5cc6dd; } .c6 { --c: #f08a85; } .c7 { --c: #b3a2f2; } }
 body { max-width: 72rem; margin: auto; padding: 2.5rem 1.5rem; overflow-wrap: anywhere;
   background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.6rem; letter-spacing: -.01em; }
-h2 { margin: 2.5rem 0 .6rem; font-size: 1.1rem; }
+h1 { margin: 0; font-size: 1.6rem; letter-spacing: -.01em; } h2 { margin: 2.5rem 0 .6rem; font-size: 1.1rem; }
 .note, figcaption { margin: .15rem 0 1rem; color: var(--dim); font-size: .9rem; }
-.table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr + tr > * { border-top: 1px solid var(--line); }
 th, td { padding: .3rem 1.5rem .3rem 0; font-weight: 400; text-align: right; }
-th { color: var(--dim); }
-tr > :first-child { text-align: left; }
-b { font-weight: 400; }
-b::before { content: "\\25cf  "; color: var(--c); }
+th { color: var(--dim); } tr > :first-child { text-align: left; } .table { overflow-x: auto; }
+b { font-weight: 400; } b::before { content: "\\25cf  "; color: var(--c); }
 section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 section { gap: 1.5rem; margin-top: 2.5rem; }
-figure, figure * { margin: 0; }
-svg { width: 100%; font-size: 11px; fill: var(--dim); text-anchor: middle; }
-svg .value { text-anchor: end; }
-path { stroke: var(--line); }
+svg { width: 100%; font-size: 11px; fill: var(--dim); text-anchor: middle; } svg .value { text-anchor: end; }
+path { stroke: var(--line); } figure, figure * { margin: 0; } circle { fill: var(--c); }
 polyline { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
-polyline.train { stroke-width: 1.2; opacity: .5; }
-circle { fill: var(--c); }
-circle:hover { stroke: var(--ink); stroke-width: 1.5; }
+polyline.train { stroke-width: 1.2; opacity: .5; } circle:hover { stroke: var(--ink); stroke-width: 1.5; }
 pre { padding: .1rem 0 .1rem 1rem; border-left: 2px solid var(--line); white-space: pre-wrap;
   font: .84rem/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 </style>
-<h1>$title</h1>
-<p class="note">$note</p>
-$tables
-<section>$figures</section>
-$samples
-</html>
+<h1>$title</h1><p class="note">$note</p>
+$tables<section>$figures</section>$samples</html>
 """)
 
 
@@ -342,11 +353,10 @@ def _ticks(low: float, high: float) -> list[float]:
 def _figure(title: str, curves: list[tuple[Curve, Curve]]) -> str:
     """The curves of each run, of training and held out, over steps; nothing where there is no point."""
     left, top, wide, high = 58, 8, 320, 150  # of the plot, in units of the view box
+    curves = [(smooth(train), held_out) for train, held_out in curves]
     points = [point for both in curves for part in both for point in part]
     if not points:
         return ""
-    curves = [(smooth(train), held_out) for train, held_out in curves]
-    points = [point for both in curves for part in both for point in part]
     last = max(1, *[step for step, _ in points])
     values = [value for _, value in points]
     spare = (max(values) - min(values)) * 0.05 or abs(values[0]) * 0.05 or 1.0
@@ -432,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("runs", nargs="+", type=_path, help="run directories")
-    parser.add_argument("--out", type=_path, default=None, help="PNG; comparison.png if there is no --html")
+    parser.add_argument("--out", type=_path, default=None, help="PNG or SVG; comparison.png without --html")
     parser.add_argument("--html", type=_path, default=None, help="the page to write")
     parser.add_argument("--live", type=_seconds, default=None, help="again every so many seconds")
     args = parser.parse_args(argv)

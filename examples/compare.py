@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import align  # noqa: E402
 import config  # noqa: E402
+import drift  # noqa: E402
 import frontier  # noqa: E402
 import sft  # noqa: E402
 
@@ -82,6 +83,7 @@ COLUMNS = {
     "lr": ("learning rate", ".0e"),
     "seconds": ("seconds a run", ".0f"),
 }
+PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin", "cvar_rejected")]  # of the frontier
 
 
 def split(source: Path, out: Path, rows: int | None) -> None:
@@ -138,6 +140,9 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     found = script(align.main, how, out / "measured", **paths)
     row = {"method": method, "beta": beta, "seed": seed} | told
     row |= {name: found[key] for key, name in LOGGED.items()} | {"seconds": time.perf_counter() - began}
+    if judged == "test" and key[1:] == (BETA, args.seeds[0]):
+        kl = drift.drifts([str(paths["model"])], str(start), str(rows[judged]), args.eval_pairs, 256)
+        row["drift"] = drift.summary(next(kl))
     frontier.add(args.results, row)
     shutil.rmtree(out)
     said = "  ".join(f"{name} {row[name]:.3f}" for name in ("accuracy", "kl_chosen", "kl_rejected"))
@@ -219,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = frontier.table(rows, COLUMNS)
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)
+    frontier.figure(rows, args.results, PANELS, ("kl_chosen", "sequential KL, chosen answers, nats"))
+    tails = {row["method"]: row["drift"] for row in rows if "drift" in row}
+    drift.figure(tails, args.results.with_name(f"{args.results.stem}_drift.png"))
 
 
 if __name__ == "__main__":

@@ -39,13 +39,17 @@ LINES = {  # Okabe and Ito, by family; the line says which of it
     "kto": ("#999999", "-"),
     "tdpo1": ("#0072b2", "-"),
     "tdpo2": ("#0072b2", "--"),
+    "ra_dpo1_cvar_0.97": ("#e69f00", "-."),
     "ra_dpo1_cvar_0.98": ("#e69f00", "-"),
+    "ra_dpo1_cvar_0.99": ("#e69f00", ":"),
     "ra_dpo1_cvar_0.5": ("#d55e00", "-"),
     "ra_dpo1_cvar_0.1": ("#cc79a7", "-"),
+    "ra_dpo2_cvar_0.97": ("#e69f00", "--"),
     "ra_dpo2_cvar_0.98": ("#e69f00", "--"),
     "ra_dpo2_cvar_0.1": ("#cc79a7", "--"),
     "ra_dpo1_erm_1": ("#009e73", "-"),
     "ra_dpo1_erm_5": ("#56b4e9", "-"),
+    "ra_dpo1_published_0.98": ("#d55e00", ":"),
     "ideal": ("#000000", ":"),
 }
 
@@ -146,51 +150,67 @@ def _on_curve(rows: Iterable[Row], method: str, key: str, drift: float) -> dict[
     return found
 
 
-def figure(rows: Iterable[Row], path: Path) -> None:
-    """Each measure against KL(policy || reference), a line a method through its betas, mean and band of one
-    standard error over seeds, the names at the right: PNG and SVG."""
-    try:
-        import matplotlib
-    except ImportError:
-        config.fail("the figure needs matplotlib", right="pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def figure(
+    rows: Iterable[Row],
+    path: Path,
+    panels: Sequence[tuple[str, str]] = PANELS,
+    against: tuple[str, str] = ("kl", "KL(policy || reference), nats a sentence"),
+) -> None:
+    """Each measure of `panels` against a drift, a line a method through its betas, from the reference where
+    that has a row; mean and band of one standard error over seeds, the names at the right: PNG and SVG."""
     found = by_method(rows)
-    start = found.pop("reference")[None]
-    made, axes = pyplot.subplots(1, len(PANELS), figsize=(6.2 * len(PANELS), 5.2))
-    for panel, (key, title) in zip(axes, PANELS):
+    start = found.pop("reference", {}).get(None)
+    made, axes = canvas(len(panels))
+    for panel, (key, title) in zip(axes, panels):
         ends = []
         for method, betas in found.items():
-            points = [[fmean(row[name] for row in some) for name in ("kl", key)] for some in betas.values()]
-            drift, middle = zip([0.0, fmean(row[key] for row in start)], *points)
-            errors = [mean_and_error([row[key] for row in some])[1] for some in (start, *betas.values())]
-            errors = np.nan_to_num(np.array(errors))
-            colour, line = LINES[method]
+            runs = ([start] if start else []) + list(betas.values())
+            points = [[fmean(row[name] for row in some) for name in (against[0], key)] for some in runs]
+            drift, middle = zip(*points)
+            errors = np.nan_to_num([mean_and_error([row[key] for row in some])[1] for some in runs])
+            colour, line = LINES.get(method, ("#999999", ":"))
             panel.plot(drift, middle, line, color=colour, marker=".", linewidth=1.4)
             panel.fill_between(drift, middle - errors, middle + errors, color=colour, alpha=0.12, linewidth=0)
             ends.append((middle[-1], drift[-1], method, colour))
         panel.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         panel.set_xlim(left=0)
-        _name(panel, ends)
-        panel.set_xlabel("KL(policy || reference), nats a sentence; root scale")
+        name(panel, ends)
+        panel.set_xlabel(f"{against[1]}; root scale")
         panel.set_title(title, loc="left", fontsize=11)
+    save(made, path)
+
+
+def canvas(panels: int) -> tuple[Any, Sequence[Any]]:
+    """An empty figure and its panels, side by side."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        config.fail("the figure needs matplotlib", right="pip install matplotlib")
+    made = Figure(figsize=(6.2 * panels, 5.2))
+    axes = made.subplots(1, panels, squeeze=False)[0]
+    for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
+    return made, axes
+
+
+def save(made: Any, path: Path) -> None:
+    """PNG and SVG."""
     made.tight_layout()
     for form in ("png", "svg"):
         made.savefig(path.with_suffix(f".{form}"), dpi=110)
-    pyplot.close(made)
 
 
-def _name(panel: Any, ends: list[tuple[float, float, str, str]]) -> None:
+def name(panel: Any, ends: list[tuple[float, float, str, str]]) -> None:
     """Each line's name in a column at the right, as high as its end is, but no two in one place."""
-    low, high = panel.get_ylim()
-    gap, heights = 0.053 * (high - low), []
-    for height, *_ in sorted(ends):
-        heights.append(max(height, heights[-1] + gap) if heights else height)
+    panel.get_ylim()  # settles the scale
+    places = panel.transData + panel.transAxes.inverted()  # a share of the panel's height, on any scale
+    gap, heights = 0.053, []
+    for height, drift, *_ in sorted(ends):
+        own = places.transform((drift, height))[1]
+        heights.append(max(own, heights[-1] + gap) if heights else own)
     for index in reversed(range(len(heights))):  # down again from the top of the panel
-        heights[index] = min(heights[index], heights[index + 1] - gap if heights[index + 1 :] else high)
+        heights[index] = min(heights[index], heights[index + 1] - gap if heights[index + 1 :] else 1.0)
     for (height, drift, method, colour), place in zip(sorted(ends), heights):
         end = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.5}
-        how = {"textcoords": ("axes fraction", "data"), "annotation_clip": False, "arrowprops": end}
+        how = {"textcoords": "axes fraction", "annotation_clip": False, "arrowprops": end}
         panel.annotate(method, (drift, height), (1.02, place), color=colour, fontsize=8, va="center", **how)

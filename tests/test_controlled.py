@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(ROOT / "examples"))
 import compare  # noqa: E402
 import controlled  # noqa: E402
+import drift  # noqa: E402
 
 SMALL = (
     "--methods dpo ra_dpo2_cvar_0.1 --betas 0.3 --seeds 0 --sentences 256 --pairs 64 --steps 3 --samples 128"
@@ -155,6 +156,13 @@ def test_what_is_no_row_is_one_line(tmp_path, capsys):
     assert said.startswith("error: ") and said.count("\n") == 1 and "c.jsonl:1" in said
 
 
+def test_the_tail_of_a_drift():
+    """red: the smallest share for the largest; a quantile of the share instead of its rest."""
+    found = drift.summary(np.arange(200.0))
+    assert (found["mean"], found["cvar_95"], found["cvar_99"]) == (99.5, 194.5, 198.5)
+    assert found["quantiles"][0] == 0 and found["quantiles"][10] == pytest.approx(179.1)  # a tenth is beyond
+
+
 def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     """red: dev rows trained on; a row that is there run again; the measure of another rate taken."""
     start = tmp_path / "start"
@@ -172,6 +180,13 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     best = max(rows[:2], key=lambda row: (row["accuracy"], -row["lr"]))
     assert rows[2]["lr"] == best["lr"] and rows[2]["kl_chosen"] > 0
     assert rows[2]["cvar_chosen"] > rows[2]["kl_chosen"]
+    found = rows[2]["drift"]
+    assert 0 < found["mean"] < found["cvar_95"] < found["cvar_99"] and "drift" not in rows[0]
+    assert found["quantiles"] == sorted(found["quantiles"]) and len(found["quantiles"]) == len(drift.SHARES)
+    of_answers = 8 * (rows[2]["kl_chosen"] + rows[2]["kl_rejected"])  # of the same 8 pairs
+    assert found["mean"] * found["tokens"] == pytest.approx(of_answers, rel=1e-2)
+    for name in ("c.png", "c.svg", "c_drift.png", "c_drift.svg"):
+        assert (tmp_path / name).stat().st_size > 5000
     train, dev = (
         {line.partition('"chosen"')[0] for line in (tmp_path / "out" / name).read_text("utf-8").splitlines()}
         for name in ("train.jsonl", "dev.jsonl")

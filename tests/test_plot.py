@@ -170,13 +170,32 @@ def test_ticks_are_a_few_round_numbers(low, high):
 
 
 def test_the_figure_is_drawn_of_any_run(tmp_path, capsys):
-    # red: the escape of $ away (a formula that cannot be read), comparison.png where --html is given
+    # red: parse_math left on (a formula that cannot be read), comparison.png where --html is given
     write(tmp_path / "$\\frac$", [train(0, loss=1.0), held_out(0, loss="nan")])
     write(tmp_path / "empty", [], args={})
     runs = [tmp_path / "$\\frac$", tmp_path / "empty"]
     _, others = shown(capsys, *runs, "--out", tmp_path / "figure.png")
     assert others == [f"wrote {tmp_path / 'figure.png'}"]
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_runs_that_differ_by_their_seed_are_one_curve(tmp_path, capsys):
+    """red: the beta not looked at, --out looked at, a step that one run lacks, the first run for the mean."""
+    values = {"dpo-0": (0.7, 0.5), "dpo-1": (0.7, 0.3, 0.1), "dpo-2": (0.7, 0.1), "high": (0.7,)}
+    for name, losses in values.items():
+        flags = {"beta": 0.5 if name == "high" else 0.1, "seed": len(name) + int(name[-1:] == "1"), "out": name}
+        write(tmp_path / name, [held_out(step, loss=loss) for step, loss in enumerate(losses)], args=flags)
+    write(tmp_path / "one", [train(0)])  # without flags, as the next: not of one command
+    write(tmp_path / "other", [train(0)])
+    runs = {name: plot.read(tmp_path / name) for name in (*values, "one", "other")}
+    groups = dict(plot.by_seed(runs))
+    assert list(groups) == ["dpo-* (3)", "high", "one", "other"]
+    points = plot.over_seeds([plot.curve(run.held_out, ("loss",)) for run in groups["dpo-* (3)"]])
+    assert points == [(0, pytest.approx(0.7), 0.7, 0.7), (1, pytest.approx(0.3), 0.1, 0.5)]
+    out = tmp_path / "figure.svg"
+    shown(capsys, *[tmp_path / name for name in runs], "--out", out)
+    text = out.read_text(encoding="utf-8")
+    assert text.startswith("<?xml") and plot.COLORS[1] in text and text.count("dpo-* (3)") >= 1
 
 
 WRONG = {

@@ -1,0 +1,114 @@
+"""How drift spreads over tokens: KL(reference || policy) of each token of held-out answers, and its tail.
+
+    python examples/drift.py runs/dpo/final runs/ra_dpo1/final --reference runs/sft/final --out drift.png
+
+A line a model beside the figure, as .jsonl: mean, quantiles, and the 95 and 99 % CVaR, the means of the worst
+5 and 1 % of the tokens (of both answers of a pair; nats; body and head in fp32). The figure, PNG and SVG, is
+the share of tokens that drift farther than x; the dots are the CVaRs, at the height of their shares.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import batch  # noqa: E402
+import chat  # noqa: E402
+import config  # noqa: E402
+import data  # noqa: E402
+import encode  # noqa: E402
+import frontier  # noqa: E402
+import loading  # noqa: E402
+import model  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import vocab  # noqa: E402
+
+SHARES = np.logspace(0, -4, 41)  # of the tokens that drift farther than a quantile
+TAILS = {"cvar_95": 0.05, "cvar_99": 0.01}
+PAIRS = 8  # of a pack
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
+
+
+@torch.no_grad()
+def drifts(
+    models: Sequence[str], reference: str, source: str, pairs: int, length: int
+) -> Iterator[np.ndarray]:
+    """Of each model the KL (N,) of the trained tokens of so many rows, those that align.py evaluates on;
+    prompts are cut to half of `length`."""
+    tokenizer = loading.load_tokenizer(reference)
+    template = chat.chat_template(tokenizer, None)
+    rows = [
+        encode.encode(row, tokenizer, length, length // 2, template) for row in data.load(source, "test")[0]
+    ]
+    rows = [row for row in rows if not isinstance(row, str)]  # or why it cannot be used
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # as Store.subset
+    rows = [rows[index] for index in sorted(order[:pairs].tolist())]
+    packs = [batch.pack(rows[start : start + PAIRS]) for start in range(0, len(rows), PAIRS)]
+    frozen = model.load(reference, torch.float32, length)
+    for path in models:
+        policy, found = model.load(path, torch.float32, length), []
+        for pack in packs:
+            where = pack.ids, pack.positions, pack.layout, pack.predict
+            hidden, known = policy(*where), frozen(*where)  # (N, D) each
+            tokens = vocab.token_statistics(hidden, policy.head, pack.targets, (known, frozen.head))
+            found.append(tokens.kl)  # (N,)
+        yield torch.cat(found).numpy()
+
+
+def summary(kl: np.ndarray) -> dict[str, Any]:
+    """Of the KL (N,) of tokens: the mean, that of the largest shares of TAILS, the quantiles of SHARES."""
+    ordered = np.sort(kl)[::-1]
+    found = {"tokens": len(kl), "mean": float(kl.mean())}
+    found |= {name: float(ordered[: max(1, round(share * len(kl)))].mean()) for name, share in TAILS.items()}
+    return found | {"quantiles": [float(f"{value:.4g}") for value in np.quantile(kl, 1 - SHARES)]}
+
+
+def figure(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """The share of tokens beyond a drift, a line a model, its name at the right."""
+    made, (panel,) = frontier.canvas(1)
+    ends = []
+    for index, (name, row) in enumerate(rows.items()):
+        colour, dashes = frontier.LINES.get(name, (COLOURS[index % len(COLOURS)], "-"))
+        shown = (SHARES >= 1 / row["tokens"]) & (np.array(row["quantiles"]) > 0)
+        line = np.array(row["quantiles"])[shown], SHARES[shown]
+        panel.plot(*line, dashes, color=colour, linewidth=1.4)
+        panel.plot([row[tail] for tail in TAILS], list(TAILS.values()), "o", color=colour, markersize=5)
+        ends.append((line[1][-1], line[0][-1], name, colour))
+    panel.set(xscale="log", yscale="log", xlabel="KL(reference || policy) of a token, nats")
+    panel.set_xlim(left=min(panel.get_xlim()[0], panel.get_xlim()[1] / 100))  # two decades of ticks
+    panel.set_title("share of tokens beyond it; dots: CVaR at 95 and 99 %", loc="left", fontsize=11)
+    frontier.name(panel, ends)
+    frontier.save(made, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    made.error = lambda message: config.fail(message)
+    made.add_argument("models", nargs="+", help="model directories")
+    made.add_argument("--reference", required=True)
+    made.add_argument("--data", default=str(ROOT / "examples" / "hh_test.jsonl"))
+    made.add_argument("--pairs", type=config.count, default=160)
+    made.add_argument("--max-length", type=config.count, default=256)
+    made.add_argument("--out", type=Path, default=Path("drift.png"), help="and .svg and .jsonl beside it")
+    args = made.parse_args(argv)
+    rows = {}
+    with config.user_errors():
+        found = drifts(args.models, args.reference, args.data, args.pairs, args.max_length)
+        for path, kl in zip(args.models, found):
+            rows[path.rstrip("/").removesuffix("/final")] = summary(kl)
+        lines = [json.dumps({"model": name} | row) + "\n" for name, row in rows.items()]
+        args.out.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
+        config.tell("| model | tokens | mean KL | CVaR 95 % | CVaR 99 % |\n|---|---|---|---|---|")
+        for name, row in rows.items():
+            numbers = " | ".join(f"{row[key]:.4g}" for key in ("mean", *TAILS))
+            config.tell(f"| {name} | {row['tokens']} | {numbers} |")
+        figure(rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
