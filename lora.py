@@ -9,6 +9,8 @@ the reference's as well: the reference is the policy with its adapters off, or w
 started from (`Reference`), and no second model is in memory. Checkpoints hold what is trained alone; an
 export adds the adapters to the base as it lies on disk, in fp32.
 
+The rows of tokens that a run adds (sft.py --method csft) are trained whole: added.py.
+
 Left out: adapters on the head, on the embeddings or on the fused experts of a mixture, DoRA, trained biases,
 quantised bases, a reference that is updated.
 """
@@ -27,20 +29,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+import added
 import config
 import files
 import fsdp
+import loading
 import model
 import shards
 import vocab
 
 TRAINED, START = "default", "start"  # peft's names of the adapters: of those trained, and their frozen start
 MISSING = "adapters need peft (pip install peft)"
+ROWS = f".{added.NAME}"  # how the names of rows of added tokens end
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What an adapter's settings may say: peft injects accordingly, and a merge follows its layers.
 SETTINGS = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out",
+    "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "trainable_token_indices",
 )  # fmt: skip
 # What may be there too: it says nothing of how they compute, or is looked at elsewhere.
 BESIDE = (
@@ -122,15 +127,6 @@ def equal_at_start(args: argparse.Namespace) -> bool:
     return adapters == (START,) * bool(args.lora_from) and not (adapters and args.lora_dropout)
 
 
-def check_rows(args: argparse.Namespace, new: int) -> None:
-    """Raises ValueError where adapters would leave new rows of the embedding, `new` in number, untrained."""
-    if new and wanted(args):
-        raise ValueError(
-            f"--method csft adds {new} control tokens, whose embeddings adapters leave untrained (train a "
-            "csft model without --lora-rank first)"
-        )
-
-
 # ---- in
 # -----------------------------------------------------------------------------------------------------------
 
@@ -170,11 +166,15 @@ class Dropout(nn.Module):
 
 
 def add(
-    policy: model.LanguageModel, args: argparse.Namespace, say: Callable = print, copy: bool = False
+    policy: model.LanguageModel,
+    args: argparse.Namespace,
+    say: Callable = print,
+    copy: bool = False,
+    tokens: range = range(0),
 ) -> None:
     """Freeze a model and give it adapters, in place, the same on all ranks, before it is sharded; scalar
-    heads it has go on training. With `copy` they stay beside it as they are now, frozen, for a `Reference`.
-    Says what is trained.
+    heads it has go on training, and the rows of the `tokens` that were added. With `copy` the adapters stay
+    beside it as they are now, frozen, for a `Reference`. Says what is trained.
 
     Raises ValueError for targets that are not linear layers of the body, or an adapter directory that is not
     one, was made on another base, or does not fit.
@@ -186,13 +186,18 @@ def add(
     else:
         made = _settings(lm, args)
     _inject(lm, made, args.lora_dropout, args.seed)
+    told = made.trainable_token_indices
+    made.trainable_token_indices = added.add(lm, tokens, fresh=told is None) if tokens else None
+    if told not in (None, made.trainable_token_indices):
+        raise ValueError(f"--lora-from {args.lora_from}: has rows of other added tokens than this run")
     if kept is not None:
-        _fill(policy, kept, args.lora_from)
+        fresh = {n: p for n, p in policy.named_parameters() if n.endswith(ROWS) and told is None}
+        _fill(policy, fresh | kept, args.lora_from)
     if copy:
         _copy_start(lm, made)
     policy.requires_grad_(False)
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(".lora_" in name and f".{TRAINED}." in name)
+        parameter.requires_grad_(".lora_" in name and f".{TRAINED}." in name or name.endswith(ROWS))
     for head in policy.fp32_modules:
         head.requires_grad_(True)
     torch.manual_seed(args.seed + 1 + fsdp.ranks()[0])  # every rank drops out others
@@ -201,6 +206,9 @@ def add(
     kinds = sorted({name.rpartition(".")[2] for name, _ in _named_layers(lm)})
     say(f"adapters: rank {made.r} on {len(layers(policy))} layers ({', '.join(kinds)}), "
         f"{trained:,} of {total:,} parameters are trained")  # fmt: skip
+    if tokens:
+        say(f"adapters: the rows of {len(tokens)} added tokens are trained too; adapter/ goes onto a base "
+            f"after base.resize_token_embeddings({len(policy.head.weight)})")  # fmt: skip
 
 
 def insert(lm: nn.Module, args: argparse.Namespace) -> int:
@@ -266,8 +274,10 @@ def _targets(lm: nn.Module, chosen: str) -> tuple[list[str], bool]:
 
 
 def _inject(lm: nn.Module, made: Any, dropout: float, seed: int, name: str = TRAINED) -> None:
-    """Adapters into a transformers model, fp32. Raises ValueError for targets outside the body."""
+    """Adapters into a transformers model, fp32; rows of added tokens are added.py's affair. Raises ValueError
+    for targets outside the body."""
     torch.manual_seed(seed)
+    tokens, made.trainable_token_indices = made.trainable_token_indices, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, of what is refused below
         try:
@@ -275,6 +285,7 @@ def _inject(lm: nn.Module, made: Any, dropout: float, seed: int, name: str = TRA
                 _peft().inject_adapter_in_model(made, lm, adapter_name=name)
         except (ValueError, RuntimeError, TypeError) as error:
             raise ValueError(f"peft refuses these adapters: {str(error).splitlines()[0]}") from error
+    made.trainable_token_indices = tokens
     body = {id(module) for module in lm.base_model.modules()}
     for place, layer in _named_layers(lm):
         if id(layer) not in body or not isinstance(layer.base_layer, (nn.Linear, Conv1D)):
@@ -317,6 +328,9 @@ def _read(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
     if other:
         said = f"{other[0]} = {json.dumps(told[other[0]])[:40]}"
         raise ValueError(f"--lora-from {folder}: {FILES[0]} sets {said}, which is not supported")
+    if made.trainable_token_indices and getattr(args, "method", None) != "csft":
+        raise ValueError(f"--lora-from {folder} has rows of added tokens, with which only sft.py --method csft "
+                         "goes on (others take the run's final/ as --model)")  # fmt: skip
     base = told.get("base_model_name_or_path")
     if base and Path(base).exists() and model.fingerprint(base) != model.fingerprint(args.model):
         raise ValueError(f"--lora-from {folder} was made on {base}, which is another model than --model")
@@ -328,13 +342,14 @@ def _inside(name: str) -> str:
     name = name.removeprefix("base_model.model.")
     for part in ("lora_A", "lora_B"):
         name = name.replace(f".{part}.weight", f".{part}.{TRAINED}.weight")
-    return f"lm.{name}"
+    return f"lm.{name.replace(added.PEFT, added.NAME)}"
 
 
 @torch.no_grad()
 def _fill(policy: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Adapters, and a score where there is one, from tensors by name. Raises ValueError unless all fit."""
-    places = {n: p for n, p in policy.named_parameters() if ".lora_" in n or n == "lm.score.weight"}
+    """Adapters, and a score and rows where there are some, from tensors by name. Raises ValueError unless all
+    fit."""
+    places = {n: p for n, p in policy.named_parameters() if _adapts(n) or n == "lm.score.weight"}
     odd = sorted(
         name for name in places.keys() | tensors.keys()
         if getattr(places.get(name), "shape", 0) != getattr(tensors.get(name), "shape", 1)
@@ -365,6 +380,8 @@ def record(policy: model.LanguageModel, args: argparse.Namespace) -> dict[str, A
         found["lora_from_digest"] = files.fingerprint(Path(args.lora_from) / name for name in FILES)
     if made := settings(policy):
         found["adapter"] = {key: _plain(getattr(made, key)) for key in SETTINGS}
+        if not made.trainable_token_indices:  # of which older records say nothing
+            del found["adapter"]["trainable_token_indices"]
     return found
 
 
@@ -403,14 +420,23 @@ def merged(
     names, and the state dict of a LanguageModel. Scalar heads are as they are in `trained`."""
     base = made.base_model_name_or_path
     scores = "lm.score.weight" in trained
+    end = loading.end_of_rows(made.trainable_token_indices)
     trust = {"trust_remote_code": trust_remote_code}
-    whole = model.load(base, torch.float32, 1, reward_model=scores, **trust)
+    whole = model.load(base, torch.float32, 1, vocabulary=end, reward_model=scores, **trust)
     _inject(whole.lm, made, 0.0, 0)
-    _fill(whole, {name: value for name, value in trained.items() if ".lora_" in name}, base)
+    if end:
+        added.add(whole.lm, range(end - len(next(iter(made.trainable_token_indices.values()))), end), False)
+    _fill(whole, {name: value for name, value in trained.items() if _adapts(name)}, base)
     for layer in layers(whole):
         layer.base_layer.weight += layer.get_delta_weight(TRAINED)
-    state = {n.replace(".base_layer.", "."): v for n, v in whole.state_dict().items() if ".lora_" not in n}
-    return whole.lm, state | {name: value for name, value in trained.items() if ".lora_" not in name}
+    added.merge(whole.lm)
+    state = {n.replace(".base_layer.", "."): v for n, v in whole.state_dict().items() if not _adapts(n)}
+    return whole.lm, state | {name: value for name, value in trained.items() if not _adapts(name)}
+
+
+def _adapts(name: str) -> bool:
+    """Is this parameter of adapters, or a row of an added token?"""
+    return ".lora_" in name or name.endswith(ROWS)
 
 
 def as_peft(made: Any, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -426,4 +452,8 @@ def as_peft(made: Any, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tenso
     )
     told.target_modules = kept["target_modules"]  # in their order: peft makes a set of a list
     names = {name: name.replace(f".{TRAINED}.", ".") for name in trained if name.startswith("lm.")}
-    return told, {f"base_model.model.{new.removeprefix('lm.')}": trained[old] for old, new in names.items()}
+    found = {f"base_model.model.{new.removeprefix('lm.')}": trained[old] for old, new in names.items()}
+    return told, {
+        name[: -len(added.NAME)] + added.PEFT if name.endswith(ROWS) else name: value
+        for name, value in found.items()
+    }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
+EVERYTHING = {"added", "arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
 EVERYTHING |= {"frozen", "generation", "loading", "lora", "memory", "metadata", "preflight", "progress", "rundir"}
 EVERYTHING |= {"packing", "references", "shards", "signals", "store", "values", "vocab"}
@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "memory": {"config", "fsdp", "loading", "lora", "vocab"},
     "preflight": {"arrays", "attention", "batch", "config", "fsdp", "loading", "lora", "model", "packing"}
     | {"rundir", "trackers"},
-    "model": {"attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
+    "added": {"fsdp"},
+    "model": {"added", "attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
     "packing": {"attention", "vocab"},
     "shards": {"fsdp", "loading"},
     "fsdp": set(),
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     "config": {"files"},
     "rundir": {"checkpoint", "config", "files", "fsdp", "signals"},
     "signals": set(),
-    "lora": {"config", "files", "fsdp", "loading", "model", "shards", "vocab"},
+    "lora": {"added", "config", "files", "fsdp", "loading", "model", "shards", "vocab"},
     "export": {"checkpoint", "config", "fsdp", "loading", "lora"},
     "parts": {"config", "files"},
     "progress": set(),
