@@ -40,6 +40,11 @@ def add(lm: nn.Module, tokens: range, fresh: bool) -> dict[str, list[int]]:
     return {name: list(tokens) for name, module in lm.named_modules() if module in owners}
 
 
+def is_row(name: str) -> bool:
+    """Is a parameter of this name rows of added tokens?"""
+    return name.endswith(f".{NAME}")
+
+
 def of_head(lm: nn.Module) -> tuple[Tensor | None, int]:
     """The rows (k, D) that stand in those of a model's head, and the first of these; None if none do."""
     for module in (lm.get_output_embeddings(), lm.get_input_embeddings()):

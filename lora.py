@@ -17,14 +17,11 @@ quantised bases, a reference that is updated.
 
 import argparse
 import importlib.util
-import json
 import warnings
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -35,23 +32,11 @@ import files
 import fsdp
 import loading
 import model
+import peft_files
 import shards
 import vocab
 
-TRAINED, START = "default", "start"  # peft's names of the adapters: of those trained, and their frozen start
-MISSING = "adapters need peft (pip install peft)"
-ROWS = f".{added.NAME}"  # how the names of rows of added tokens end
-FILES = ("adapter_config.json", "adapter_model.safetensors")
-# What an adapter's settings may say: peft injects accordingly, and a merge follows its layers.
-SETTINGS = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "trainable_token_indices",
-)  # fmt: skip
-# What may be there too: it says nothing of how they compute, or is looked at elsewhere.
-BESIDE = (
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "lora_dropout", "modules_to_save",
-)  # fmt: skip
+TRAINED, START = peft_files.TRAINED, "start"  # peft's names: of the adapters, of their frozen start
 
 
 # ---- flags
@@ -76,7 +61,7 @@ def resolve(args: argparse.Namespace) -> None:
     does not go with the others."""
     reference = getattr(args, "reference", None)
     for flag, path in (("--model", args.model), ("--reference", reference)):
-        if path and (Path(path) / FILES[0]).exists():
+        if path and (Path(path) / peft_files.FILES[0]).exists():
             config.fail(f"{flag} {path} holds adapters", right="--model its base, --lora-from the adapters")
     args.lora_rank = args.lora_rank or None
     names = ("lora_alpha", "lora_dropout", "lora_targets")
@@ -92,7 +77,7 @@ def resolve(args: argparse.Namespace) -> None:
             config.fail(f"--reference {reference} needs --lora-rank or --lora-from")
         return
     if importlib.util.find_spec("peft") is None:
-        config.fail(MISSING)
+        config.fail(peft_files.MISSING)
     if args.weights == "random":
         config.fail("--lora-rank needs --weights pretrained", right="an adapter without its base is nothing")
     if getattr(args, "sync_reference_every", 0):
@@ -182,7 +167,7 @@ def add(
     lm = policy.lm
     kept = None
     if args.lora_from:
-        made, kept = _read(args)
+        made, kept = peft_files.read(args)
     else:
         made = _settings(lm, args)
     _inject(lm, made, args.lora_dropout, args.seed)
@@ -191,13 +176,13 @@ def add(
     if told not in (None, made.trainable_token_indices):
         raise ValueError(f"--lora-from {args.lora_from}: has rows of other added tokens than this run")
     if kept is not None:
-        fresh = {n: p for n, p in policy.named_parameters() if n.endswith(ROWS) and told is None}
+        fresh = {n: p for n, p in policy.named_parameters() if added.is_row(n) and told is None}
         _fill(policy, fresh | kept, args.lora_from)
     if copy:
         _copy_start(lm, made)
     policy.requires_grad_(False)
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(".lora_" in name and f".{TRAINED}." in name or name.endswith(ROWS))
+        parameter.requires_grad_(".lora_" in name and f".{TRAINED}." in name or added.is_row(name))
     for head in policy.fp32_modules:
         head.requires_grad_(True)
     torch.manual_seed(args.seed + 1 + fsdp.ranks()[0])  # every rank drops out others
@@ -214,7 +199,7 @@ def add(
 def insert(lm: nn.Module, args: argparse.Namespace) -> int:
     """The adapters of the flags into a transformers model on the meta device, trained and nothing else of it:
     shapes for a plan. Returns how many numbers they hold. Raises ValueError as `add` does."""
-    made = _read(args)[0] if args.lora_from else _settings(lm, args)
+    made = peft_files.read(args)[0] if args.lora_from else _settings(lm, args)
     with torch.device("meta"):
         _inject(lm, made, 0.0, 0)
     for name, parameter in lm.named_parameters():
@@ -231,18 +216,10 @@ def _named_layers(part: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in part.named_modules() if hasattr(module, "lora_A")]
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise ValueError(MISSING) from None
-    return peft
-
-
 def _settings(lm: nn.Module, args: argparse.Namespace) -> Any:
     """peft's LoraConfig of the flags."""
     targets, transposed = _targets(lm, args.lora_targets)
-    return _peft().LoraConfig(
+    return peft_files.peft().LoraConfig(
         r=args.lora_rank,
         lora_alpha=int(args.lora_alpha) if args.lora_alpha.is_integer() else args.lora_alpha,
         target_modules=targets,
@@ -282,7 +259,7 @@ def _inject(lm: nn.Module, made: Any, dropout: float, seed: int, name: str = TRA
         warnings.simplefilter("ignore")  # peft's, of what is refused below
         try:
             with shards.standing_in(lm):
-                _peft().inject_adapter_in_model(made, lm, adapter_name=name)
+                peft_files.peft().inject_adapter_in_model(made, lm, adapter_name=name)
         except (ValueError, RuntimeError, TypeError) as error:
             raise ValueError(f"peft refuses these adapters: {str(error).splitlines()[0]}") from error
     made.trainable_token_indices = tokens
@@ -303,46 +280,6 @@ def _copy_start(lm: nn.Module, made: Any) -> None:
         for part in (layer.lora_A, layer.lora_B):
             part[START].weight.copy_(part[TRAINED].weight)
         layer._active_adapter = [TRAINED]
-
-
-def _read(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
-    """Settings and tensors of --lora-from, the tensors named as those of a LanguageModel."""
-    folder = Path(args.lora_from)
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise ValueError(f"--lora-from {folder}: no {name}")
-    try:
-        told = files.read_json(folder / FILES[0])
-        tensors = load_file(folder / FILES[1])
-        kept = {key: told[key] for key in SETTINGS if key in told}
-        made = _peft().LoraConfig(**kept, base_model_name_or_path=args.model)
-    except (TypeError, KeyError, ValueError, SafetensorError, OSError) as error:
-        raise ValueError(f"--lora-from {folder}: {str(error).splitlines()[0]}") from error
-    plain = _peft().LoraConfig().to_dict() | {"peft_type": "LORA"}
-    free = {"init_lora_weights": "gaussian"}  # others of it change the base
-    other = [
-        key for key, value in told.items()
-        if key not in SETTINGS + BESIDE and value not in (plain.get(key), free.get(key), None, False, {}, [])
-    ]  # fmt: skip
-    other += ["modules_to_save"] * (not set(told.get("modules_to_save") or ()) <= {"score", "classifier"})
-    if other:
-        said = f"{other[0]} = {json.dumps(told[other[0]])[:40]}"
-        raise ValueError(f"--lora-from {folder}: {FILES[0]} sets {said}, which is not supported")
-    if made.trainable_token_indices and getattr(args, "method", None) != "csft":
-        raise ValueError(f"--lora-from {folder} has rows of added tokens, with which only sft.py --method csft "
-                         "goes on (others take the run's final/ as --model)")  # fmt: skip
-    base = told.get("base_model_name_or_path")
-    if base and Path(base).exists() and model.fingerprint(base) != model.fingerprint(args.model):
-        raise ValueError(f"--lora-from {folder} was made on {base}, which is another model than --model")
-    return made, {_inside(name): value for name, value in tensors.items()}
-
-
-def _inside(name: str) -> str:
-    """A tensor of peft's file -> its parameter of a LanguageModel."""
-    name = name.removeprefix("base_model.model.")
-    for part in ("lora_A", "lora_B"):
-        name = name.replace(f".{part}.weight", f".{part}.{TRAINED}.weight")
-    return f"lm.{name.replace(added.PEFT, added.NAME)}"
 
 
 @torch.no_grad()
@@ -377,29 +314,15 @@ def record(policy: model.LanguageModel, args: argparse.Namespace) -> dict[str, A
     if alike is not None:
         found["reference"] = "start" if alike else "base"  # of --model and --lora-from, which have digests
     if args.lora_from:
-        found["lora_from_digest"] = files.fingerprint(Path(args.lora_from) / name for name in FILES)
+        found["lora_from_digest"] = files.fingerprint(Path(args.lora_from) / name for name in peft_files.FILES)
     if made := settings(policy):
-        found["adapter"] = {key: _plain(getattr(made, key)) for key in SETTINGS}
-        if not made.trainable_token_indices:  # of which older records say nothing
-            del found["adapter"]["trainable_token_indices"]
+        found["adapter"] = peft_files.recorded(made)
     return found
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return sorted(value) if isinstance(value, (set, tuple)) else value
 
 
 def settings(policy: model.LanguageModel) -> Any:
     """peft's LoraConfig of a model's adapters; None if it has none."""
     return getattr(policy.lm, "peft_config", {}).get(TRAINED)
-
-
-def rebuilt(made: dict[str, Any]) -> Any:
-    """The LoraConfig of a checkpoint's record. Raises ValueError if its base is not what it was."""
-    if model.fingerprint(made["model"]) != made["model_digest"]:
-        raise ValueError(f"its adapters were trained on another model than {made['model']} is now")
-    return _peft().LoraConfig(**made["adapter"], base_model_name_or_path=made["model"])
 
 
 def gathered(policy: nn.Module) -> dict[str, Tensor]:
@@ -436,24 +359,4 @@ def merged(
 
 def _adapts(name: str) -> bool:
     """Is this parameter of adapters, or a row of an added token?"""
-    return ".lora_" in name or name.endswith(ROWS)
-
-
-def as_peft(made: Any, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """Settings and tensors as peft stores them: what PeftModel.from_pretrained reads."""
-    scores = "lm.score.weight" in trained
-    kept = {key: _plain(getattr(made, key)) for key in SETTINGS}
-    told = _peft().LoraConfig(
-        **kept,
-        base_model_name_or_path=made.base_model_name_or_path,
-        inference_mode=True,
-        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
-        modules_to_save=["score"] if scores else None,
-    )
-    told.target_modules = kept["target_modules"]  # in their order: peft makes a set of a list
-    names = {name: name.replace(f".{TRAINED}.", ".") for name in trained if name.startswith("lm.")}
-    found = {f"base_model.model.{new.removeprefix('lm.')}": trained[old] for old, new in names.items()}
-    return told, {
-        name[: -len(added.NAME)] + added.PEFT if name.endswith(ROWS) else name: value
-        for name, value in found.items()
-    }
+    return ".lora_" in name or added.is_row(name)

@@ -75,10 +75,10 @@ def token_statistics(
     hidden (N, D), head.weight (V, D), targets (N,) -> Tokens of (N,) each, in nats. `reference` is the
     reference's (hidden, head), which gets no gradient; with it come ref_logps, kl, and, with a `measure` of
     risk.py (hyper-parameters bound by functools.partial), risk. Gradients reach hidden, head.weight and
-    head.bias through logps and through the one drift named by `through` ("kl", "risk" or None); the other
-    drift is a constant; those of head.added are a gradient of (k, D) alone. With `entropy`, H = -sum_v pi log pi of the policy, with its gradient. `chunk_size`
-    positions are projected at a time; None fits a block of logits into CHUNK_BYTES, or CUDA's. No result
-    depends on it beyond the rounding of a matmul.
+    head.bias, and head.added where there are such rows, through logps and through the one drift named by
+    `through` ("kl", "risk" or None); the other drift is a constant. With `entropy`, H = -sum_v pi log pi of
+    the policy, with its gradient. `chunk_size` positions are projected at a time; None fits a block of logits
+    into CHUNK_BYTES, or CUDA's. No result depends on it beyond the rounding of a matmul.
 
     Raises ValueError if `through` names a drift that is not computed.
     """

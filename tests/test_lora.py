@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import launch
 from safetensors.torch import load_file
-from test_attention import ARCHITECTURE, CONFIGS, PACK, POSITIONS, error, padded, softmax_in_fp64  # noqa: F401
+from test_attention import CONFIGS, PACK, POSITIONS, VOCABULARY, error, padded, softmax_in_fp64  # noqa: F401
 from test_config import exit_code, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import added
 import align
 import attention
 import chat
@@ -32,19 +33,19 @@ import vocab
 peft = pytest.importorskip("peft", reason="peft, an extra, is not installed")
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"lora_rank": 3, "lora_alpha": 12.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "lora_from": None}
-IDS = torch.arange(3, 40)[None]
+IDS = torch.arange(VOCABULARY - 40, VOCABULARY)[None]
 
 
-def adapted(path, dtype=torch.float64, **changes):
-    """model.load of a directory with adapters whose B is not 0."""
+def adapted(path, dtype=torch.float64, tokens=range(0), **changes):
+    """model.load of a directory with adapters whose B is not 0, and rows of `tokens` that are others."""
     policy = model.load(str(path), dtype, POSITIONS)
     args = types.SimpleNamespace(**FLAGS | {"model": str(path), "seed": 3} | changes)
-    lora.add(policy, args, lambda *_: None)
+    lora.add(policy, args, lambda *_: None, tokens=tokens)
     for name, parameter in policy.named_parameters():
-        if ".lora_" in name:
+        if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter, std=0.1)
+            if ".lora_B." in name or added.is_row(name):
+                torch.nn.init.normal_(parameter, std=0.1 if ".lora_" in name else 0.5)
     return policy
 
 
@@ -60,12 +61,18 @@ def nothing_to_save():
     return types.SimpleNamespace(save_pretrained=lambda place: None)
 
 
-@ARCHITECTURE
+# tied with a scale, tied, untied with names of its own
+ADDED = [(name, range(VOCABULARY - 9, VOCABULARY - 6)) for name in ("gemma3", "gpt2", "gpt-neox")]
+
+
+@pytest.mark.parametrize("name, tokens", [(name, range(0)) for name in CONFIGS] + ADDED)
 @pytest.mark.usefixtures("group", "softmax_in_fp64")
-def test_gradients_reference_and_exports_equal_pefts_own(name, tmp_path):
-    """Of a packed batch in fp64 against padded rows through PeftModel; then what lies on disk, in fp32."""
+def test_gradients_reference_and_exports_equal_pefts_own(name, tokens, tmp_path):
+    """Of a packed batch in fp64 against padded rows through PeftModel; then what lies on disk, in fp32, and
+    what a policy in training gives to generate from. With tokens, their rows are trained too."""
     # red: merge without the scaling; GPT-2's deltas not transposed; the adapters left on in Reference; the
-    # head trained; alpha for alpha / r
+    # head trained; alpha for alpha / r; embed_scale left out of added._embed; the head's hook left out; the
+    # rows of an untied head taken for those of its embedding
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
     with torch.no_grad():
@@ -76,9 +83,10 @@ def test_gradients_reference_and_exports_equal_pefts_own(name, tmp_path):
     inputs = (PACK.ids, PACK.positions, layout, PACK.predict)
     with torch.no_grad():
         bare = model.load(str(tmp_path / "base"), torch.float64, POSITIONS)(*inputs)  # (N, D)
-    policy = adapted(tmp_path / "base")
-    reference = lora.Reference(policy, ())
-    assert torch.equal(reference(*inputs), bare)
+    policy = adapted(tmp_path / "base", tokens=tokens)
+    if not tokens:
+        reference = lora.Reference(policy, ())
+        assert torch.equal(reference(*inputs), bare)
     states = policy(*inputs)  # (N, D)
     assert error(states, bare) > 1e-2
     coefficient = torch.linspace(-1, 2, len(PACK.targets), dtype=torch.float64)
@@ -93,6 +101,7 @@ def test_gradients_reference_and_exports_equal_pefts_own(name, tmp_path):
         told = oracle(input_ids=IDS).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "final", attn_implementation="eager").eval()
         assert error(merged(input_ids=IDS).logits, told) < 1e-5
+        assert error(policy.generate(lambda lm: lm(input_ids=IDS).logits), told) < 1e-5
     oracle.double()
     expected = oracle(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)[chosen]  # (N, V)
     expected = expected.gather(-1, labels[:, 1:][chosen][:, None])[:, 0]  # (N,)
@@ -101,7 +110,10 @@ def test_gradients_reference_and_exports_equal_pefts_own(name, tmp_path):
     assert error(logps, expected) < 1e-5
     wanted = {n: p.grad for n, p in oracle.named_parameters() if p.grad is not None}
     found = {f"base_model.model.{n[3:]}": p.grad for n, p in policy.named_parameters() if p.grad is not None}
-    assert wanted.keys() == found.keys() and all(".lora_" in n for n in found) and len(found) >= 8
+    found = {n.replace(f".{added.NAME}", f".{added.PEFT}.default"): gradient for n, gradient in found.items()}
+    rows = [n for n in found if ".lora_" not in n]
+    assert wanted.keys() == found.keys() and len(found) >= 8
+    assert len(rows) == bool(tokens) * (2 - (name != "gpt-neox"))
     floor = 1e-7 * max(gradient.norm() for gradient in wanted.values())  # softmax ignores a key bias: 0
     for key, gradient in wanted.items():
         assert (found[key] - gradient).norm() < 1e-4 * gradient.norm() + floor, key
