@@ -314,7 +314,8 @@ def record(policy: model.LanguageModel, args: argparse.Namespace) -> dict[str, A
     if alike is not None:
         found["reference"] = "start" if alike else "base"  # of --model and --lora-from, which have digests
     if args.lora_from:
-        found["lora_from_digest"] = files.fingerprint(Path(args.lora_from) / name for name in peft_files.FILES)
+        given = (Path(args.lora_from) / name for name in peft_files.FILES)
+        found["lora_from_digest"] = files.fingerprint(given)
     if made := settings(policy):
         found["adapter"] = peft_files.recorded(made)
     return found

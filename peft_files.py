@@ -1,5 +1,5 @@
-"""Adapters in peft's own files, settings (adapter_config.json) and tensors (adapter_model.safetensors): read, to
-go on with them, and made, to be written; and their settings in the record of a checkpoint.
+"""Adapters in peft's own files, settings (adapter_config.json) and tensors (adapter_model.safetensors): read,
+to go on with them, and made, to be written; and their settings in the record of a checkpoint.
 
 A tensor of the file is a parameter of a LanguageModel under another name: without peft's prefix, and with the
 name of the adapter in it.
@@ -43,8 +43,8 @@ def peft() -> Any:
 
 
 def read(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
-    """Settings and tensors of --lora-from, the tensors named as those of a LanguageModel. Raises ValueError for
-    what is none, was made on another base, or sets what is not supported."""
+    """Settings and tensors of --lora-from, the tensors named as those of a LanguageModel. Raises ValueError
+    for what is none, was made on another base, or sets what is not supported."""
     folder = Path(args.lora_from)
     for name in FILES:
         if not (folder / name).is_file():
