@@ -35,6 +35,7 @@ import config
 import fsdp
 import loading
 import lora
+import peft_files
 
 MARK = ".exported"
 DTYPES = ("float32", "bfloat16")
@@ -136,7 +137,7 @@ def _write(
 
 def _write_adapters(settings: Any, state: dict[str, Tensor], tokenizer: Any, out: str | Path) -> None:
     """Save what is trained as peft does, a value head beside it."""
-    told, named = lora.as_peft(settings, state)
+    told, named = peft_files.as_peft(settings, state)
     with _replacing(out, state) as beside:
         told.save_pretrained(beside)
         save_file(named, beside / "adapter_model.safetensors", {"format": "pt"})
@@ -228,7 +229,7 @@ def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = Fals
     tokenizer = loading.load_tokenizer(str(kept) if kept.exists() else source, trust)
     if "adapter" in made:
         with config.located(str(path)):
-            adapters = lora.rebuilt(made)
+            adapters = peft_files.rebuilt(made)
         _write_adapters(adapters, state, tokenizer, out.with_name(f"{out.name}-adapter"))
         lm, state = lora.merged(adapters, state, trust)
     else:
