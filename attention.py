@@ -89,7 +89,7 @@ def refuse(config: Any, device: str, dtype: torch.dtype) -> None:
         what = f"heads of {max(sizes.values())} numbers, and CUDA's kernels take {KERNEL_WIDTH}"
         raise ValueError(f"{what}; --dtype float32 takes any, slowly")
     if getattr(text, "attn_logit_softcapping", None) and _flash_attn() is None:
-        what = "a soft-cap on attention, for which CUDA needs flash-attn: pip install flash-attn"
+        what = "a soft-cap on attention, for which CUDA needs flash-attn: bash run.sh flash-attn"
         raise ValueError(f"{what}; --dtype float32 needs nothing, slowly")
 
 
@@ -315,5 +315,5 @@ def _varlen(
         options |= {"enable_gqa": key.shape[1] != query.shape[1]} if ASKED else {}
         out = varlen_attn(*heads, *places, scale=scaling, **options)
     else:
-        raise ValueError("a soft-cap on attention needs flash-attn on CUDA: pip install flash-attn")
+        raise ValueError("a soft-cap on attention needs flash-attn on CUDA: bash run.sh flash-attn")
     return out[..., :size].unsqueeze(0)
