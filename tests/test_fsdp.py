@@ -4,6 +4,7 @@ A comment `red:` names a change that turns a test red.
 """
 
 import json
+import os
 import re
 import shutil
 
@@ -14,6 +15,7 @@ from test_memory import CONFIGS
 from test_train import arguments, base, launch, rows  # noqa: F401
 
 import align
+import fsdp
 import memory
 
 UNITS = 3  # of sharding: two blocks, and the rest
@@ -155,3 +157,24 @@ def test_the_plan_counts_groups_and_what_is_offloaded(base, capsys):  # noqa: F8
     with pytest.raises(SystemExit):
         planned("--replicate", "3")
     assert capsys.readouterr().err == "error: --replicate 3 does not divide 8 ranks\n"
+
+
+def test_the_allocator_of_a_gpu_is_the_users_or_grows_its_segments(monkeypatch):
+    """red: PYTORCH_CUDA_ALLOC_CONF overridden, which torch reads first; set after the device is used"""
+    grows = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert fsdp.allocator_settings({"PATH": "/"}) == grows
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        assert fsdp.allocator_settings({name: "max_split_size_mb:128"}) == {}
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(fsdp.os, "environ", os.environ.copy())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    seen = []
+
+    def set_device(index):
+        seen.append(dict(fsdp.os.environ))
+        raise ValueError("a stand-in")
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(ValueError, match="a stand-in"):
+        fsdp.init("cuda")
+    assert grows.items() <= seen[0].items()
