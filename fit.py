@@ -15,6 +15,7 @@ in another order are not the same to the bit.
 
 import argparse
 import contextlib
+import os
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -25,7 +26,10 @@ import memory
 
 TOKENS, MOST = 4096, 65_536  # of a micro-batch
 ENOUGH = 8192
-WAYS = ("none", "ops", "selective", "full")  # to recompute, the cheapest in time first
+WAYS = ("none", "ops", "selective", "full")  # --activation-checkpointing
+# What is chosen from, the cheapest in time first. "ops" keeps as much as "selective", and Python sees each of
+# its operations, 5 ms a block on an H200: more than what it saves in models of 1B and less.
+ORDER = ("none", "selective", "full")
 
 
 class Choice(NamedTuple):
@@ -52,10 +56,21 @@ def settle(
 
 def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = None) -> None:
     """--plan: memory.report of what would be chosen; raises what that does."""
-    lengths, ranks, cuda = memory.planned(args, objective)
+    lengths, ranks, cuda = planned = _planned(args, objective)
     room = memory.limit_of(args, cuda) if cuda else None
     chosen = _with(args, choose(args, lengths, ranks, objective, room))
-    memory.report(chosen, say, objective, least=_with(args, Choice(TOKENS, WAYS[-1])))
+    memory.report(chosen, say, objective, _with(args, Choice(TOKENS, ORDER[-1])), planned)
+
+
+def _planned(args: argparse.Namespace, objective: Any) -> tuple[list[int], int, bool]:
+    """Of a plan, which reads no data: the longest groups that the flags allow, ranks, whether they are GPUs.
+    Raises ValueError for a --replicate that divides no ranks."""
+    ranks = args.gpus or int(os.environ.get("WORLD_SIZE", 1))
+    fsdp.groups(ranks, args.replicate)
+    cuda = args.memory is not None or (args.device != "cpu" and torch.cuda.is_available())
+    several = 1 if objective is None or not (objective.pairs or objective.scores) else 2
+    prompt = 0 if objective is not None and objective.scores else args.max_prompt_length
+    return [several * args.max_length - (several - 1) * prompt] * args.batch_size, ranks, cuda
 
 
 def choose(
@@ -68,7 +83,7 @@ def choose(
 ) -> Choice:
     """Of a rank with `room` bytes on its GPU, None on a CPU. What `args` give stays; `before` is what the run
     that goes on was begun with."""
-    least = before or _given(args, Choice(TOKENS, WAYS[-1]))
+    least = before or _given(args, Choice(TOKENS, ORDER[-1]))
     if room is None:
         return least
     try:
@@ -85,9 +100,9 @@ def choose(
     if before and fits(*before):
         return before
     sizes = [args.tokens_per_microbatch or TOKENS]
-    while not args.tokens_per_microbatch and sizes[-1] < run(MOST, WAYS[-1]).tokens and sizes[-1] < MOST:
+    while not args.tokens_per_microbatch and sizes[-1] < run(MOST, ORDER[-1]).tokens and sizes[-1] < MOST:
         sizes.append(2 * sizes[-1])
-    ways = [args.activation_checkpointing] if args.activation_checkpointing else WAYS
+    ways = [args.activation_checkpointing] if args.activation_checkpointing else ORDER
     most = {way: max((tokens for tokens in sizes if fits(tokens, way)), default=0) for way in ways}
     best = max(ways, key=lambda way: min(most[way], ENOUGH))  # the first of those that are alike
     return Choice(most[best], best) if most[best] else Choice(sizes[0], ways[-1])

@@ -323,25 +323,14 @@ def add_flags(made: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def planned(args: argparse.Namespace, objective: Any) -> tuple[list[int], int, bool]:
-    """Of a plan, which reads no data: the longest groups that the flags allow, ranks, whether they are GPUs.
-    Raises ValueError for a --replicate that divides no ranks."""
-    ranks = args.gpus or int(os.environ.get("WORLD_SIZE", 1))
-    fsdp.groups(ranks, args.replicate)
-    cuda = args.memory is not None or (args.device != "cpu" and torch.cuda.is_available())
-    several = 1 if objective is None or not (objective.pairs or objective.scores) else 2
-    prompt = 0 if objective is not None and objective.scores else args.max_prompt_length
-    return [several * args.max_length - (several - 1) * prompt] * args.batch_size, ranks, cuda
-
-
 def report(
-    args: argparse.Namespace, say: Callable[..., None], objective: Any, least: argparse.Namespace
+    args: argparse.Namespace, say: Callable, objective: Any, least: argparse.Namespace, planned: tuple
 ) -> None:
     """--plan: say what a run of these flags would take; no data are read. `objective` None: sft.py; `least`
-    are the flags with which it takes the least. Raises ValueError for a model directory without a
-    configuration, or a --replicate that divides no ranks."""
+    are the flags with which it takes the least; `planned` are tokens of each group, ranks, and whether those
+    are GPUs. Raises ValueError for a model directory without a configuration."""
     whole, other = bodies(args, objective)
-    lengths, ranks, cuda = planned(args, objective)
+    lengths, ranks, cuda = planned
     run = run_of(args, objective, lengths, ranks, cuda)
     total, trained = numbers(whole.weights), numbers([w for w in whole.weights if w.trained])
     say(f"{args.model}: {total:,} parameters, {trained:,} of them trained; {len(whole.blocks)} blocks, "

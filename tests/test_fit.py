@@ -48,9 +48,9 @@ def test_a_micro_batch_grows_with_the_memory(asked):
     for tokens in (8192, 16_384, 32_768):
         assert chosen(asked, needs(tokens, "none")) == (tokens, "none")
     tokens, way = chosen(asked, needs(8192, "none") - 1)
-    assert way == "ops" and tokens >= 8192
+    assert way == "selective" and tokens >= 8192
     for tokens in (8192, 4096):
-        room = min(needs(2 * tokens, "full"), needs(8192, "selective"), needs(8192, "ops")) - 1
+        room = min(needs(2 * tokens, "full"), needs(8192, "selective")) - 1
         assert needs(tokens, "full") <= room and chosen(asked, room) == (tokens, "full")
     assert chosen(asked, 1e15, lengths=[400] * 80) == (8192, "none")  # a rank's share of the only step
 
