@@ -18,9 +18,9 @@ its attention interface works unchanged.
 Left out: attention sinks, bidirectional and cross attention (refused), generation with a cache (use "sdpa").
 """
 
-import dataclasses
 import functools
 import inspect
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     key_offsets: Tensor  # (S + 1,) int32
 
 
-@dataclasses.dataclass(eq=False)
+@dataclass
 class Sealed:
     """A Layout as it goes through a model's blocks: what walks their arguments, FSDP and torch.compile, does
     not look into its lists, which are others in every pack."""
@@ -89,7 +89,7 @@ def refuse(config: Any, device: str, dtype: torch.dtype) -> None:
         what = f"heads of {max(sizes.values())} numbers, and CUDA's kernels take {KERNEL_WIDTH}"
         raise ValueError(f"{what}; --dtype float32 takes any, slowly")
     if getattr(text, "attn_logit_softcapping", None) and _flash_attn() is None:
-        what = "a soft-cap on attention, for which CUDA needs flash-attn: pip install flash-attn"
+        what = "a soft-cap on attention, for which CUDA needs flash-attn: bash run.sh flash-attn"
         raise ValueError(f"{what}; --dtype float32 needs nothing, slowly")
 
 
@@ -315,5 +315,5 @@ def _varlen(
         options |= {"enable_gqa": key.shape[1] != query.shape[1]} if ASKED else {}
         out = varlen_attn(*heads, *places, scale=scaling, **options)
     else:
-        raise ValueError("a soft-cap on attention needs flash-attn on CUDA: pip install flash-attn")
+        raise ValueError("a soft-cap on attention needs flash-attn on CUDA: bash run.sh flash-attn")
     return out[..., :size].unsqueeze(0)

@@ -23,7 +23,7 @@ import threading
 import time
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,7 @@ def init(device: str, timeout_minutes: float = 60, replicate: int = 1) -> tuple[
             raise ValueError(
                 f"--device cuda: local rank {local}, but {torch.cuda.device_count()} CUDA devices are visible"
             )
+        os.environ |= allocator_settings(os.environ)  # read once, at the first use of the device
         torch.cuda.set_device(local)
     else:
         _keep_freed_memory()
@@ -77,6 +78,14 @@ def init(device: str, timeout_minutes: float = 60, replicate: int = 1) -> tuple[
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     return *ranks(), place
+
+
+def allocator_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment before CUDA is first used: segments that grow, for no two packs have the
+    same shapes and what is freed of one does not fit the next. Nothing where the user has set the allocator,
+    by whichever name torch reads."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    return {} if any(name in environment for name in names) else {names[0]: "expandable_segments:True"}
 
 
 def _join(backend: str, timeout: timedelta) -> None:

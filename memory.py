@@ -6,7 +6,7 @@
 
     body      a configuration -> Body: shapes of weights, and what a token costs, of a model on no device
     need      Body, Run -> bytes of a rank by part, at the moment that takes most
-    report    --plan
+    report    --plan, of flags that fit.py has completed
     refuse    the start of a run: what it needs in one line, and none that cannot fit
 
 Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equal pieces, the last one
@@ -32,6 +32,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -39,6 +40,7 @@ import config
 import fsdp
 import loading
 import lora
+import model
 import vocab
 
 NAME = "counted"  # of the attention that computes nothing
@@ -72,6 +74,7 @@ class Body(NamedTuple):
     head_trained: bool
     inputs: list[float]  # bytes a token that go into each block
     saved: list[float]  # bytes a token that each block keeps for its backward
+    products: list[float]  # those of them, and of what is not kept, that model.PRODUCTS put out
     widest: float  # bytes a token of the largest tensor among them
     flops: float  # of the products of a token's forward through all blocks
     attention: float  # of a token's forward and each key it sees
@@ -138,26 +141,38 @@ def body(
     root = [Weight(tuple(p.shape), p.requires_grad) for p in lm.parameters() if id(p) not in taken]
     head = lm.get_output_embeddings().weight
     with loading.one_line("config.json"):
-        inputs, saved, widest = _recorded(lm, units)
+        inputs, saved, products, widest = _recorded(lm, units)
     seen = sum(getattr(module, "counted_flops", 0) for module in lm.modules())
     blocks = [[Weight(tuple(p.shape), p.requires_grad) for p in unit.parameters()] for unit in units]
     chosen = getattr(settings.get_text_config(), "num_experts_per_tok", None)  # of those fused in one tensor
-    products = 0.0
+    work = 0.0
     for shape in (weight.shape for unit in blocks for weight in unit if len(weight.shape) > 1):
-        products += 2 * math.prod(shape) * (min(1, (chosen or shape[0]) / shape[0]) if len(shape) > 2 else 1)
+        work += 2 * math.prod(shape) * (min(1, (chosen or shape[0]) / shape[0]) if len(shape) > 2 else 1)
     shape = (head.shape[0], head.shape[1])
-    return Body(blocks, root, shape, head.requires_grad, inputs, saved, widest, products, seen)
+    return Body(blocks, root, shape, head.requires_grad, inputs, saved, products, widest, work, seen)
 
 
-def _recorded(lm: nn.Module, units: Sequence[nn.Module]) -> tuple[list[float], list[float], float]:
-    """One pass over PROBE tokens: what goes into each block and what autograd saves of it, each storage once
-    and weights not at all; the largest of those. All a token."""
-    inputs, saved, sizes = [], [0], []
+def _recorded(
+    lm: nn.Module, units: Sequence[nn.Module]
+) -> tuple[list[float], list[float], list[float], float]:
+    """One pass over PROBE tokens: what goes into each block, what autograd saves of it, each storage once and
+    weights not at all, and what its products put out; the largest that is saved. All a token."""
+    inputs, saved, products, sizes = [], [0], [0], []
     held = {_key(part): part for part in (*lm.parameters(), *lm.buffers())}  # a freed one's key may return
 
     def enter(module: nn.Module, given: tuple, named: dict) -> None:
         inputs.append(_bytes((given or tuple(named.values()))[0]) / PROBE)
         saved.append(0)
+        products.append(0)
+
+    def made(context: Any, operation: Any, *given: Any, **named: Any) -> bool:
+        name = operation.name()
+        if name == "aten::new_empty":  # that of _Attention
+            products[-1] += math.prod(given[1]) * given[0].itemsize / PROBE
+        elif name in model.PRODUCTS:
+            left, right = [value for value in given if isinstance(value, Tensor) and value.dim() > 1][:2]
+            products[-1] += left.shape[0] * right.shape[-1] * left.itemsize / PROBE
+        return False
 
     def keep(value: Tensor) -> Tensor:
         if _key(value) not in held:
@@ -168,11 +183,12 @@ def _recorded(lm: nn.Module, units: Sequence[nn.Module]) -> tuple[list[float], l
 
     hooks = [unit.register_forward_pre_hook(enter, with_kwargs=True) for unit in units]
     ids = torch.zeros(1, PROBE, dtype=torch.long, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+    saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
+    with saving, create_selective_checkpoint_contexts(made)[0]:
         lm.base_model(input_ids=ids, position_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return inputs, saved[1:], max(sizes)
+    return inputs, saved[1:], products[1:], max(sizes)
 
 
 def _key(value: Tensor) -> int:
@@ -253,7 +269,9 @@ def _activations(body: Body, run: Run) -> tuple[float, float]:
     """(kept from forward to backward, made again and on top in the backward of one block)."""
     count = len(body.blocks)
     again = range(0, {"none": 0}.get(run.checkpointing, count), 2 if run.checkpointing == "selective" else 1)
-    kept = sum(body.inputs[k] if k in again else body.saved[k] for k in range(count))
+    products = run.checkpointing == "ops"
+    made_again = [body.inputs[k] + products * body.products[k] for k in range(count)]
+    kept = sum(made_again[k] if k in again else body.saved[k] for k in range(count))
     # and the gradients of the widest, before it and after it, and a product
     on_top = max((body.saved[k] for k in again), default=0.0) + 3 * body.widest
     return run.tokens * kept, run.tokens * on_top
@@ -278,7 +296,7 @@ def _head(body: Body, run: Run) -> float:
 
 def flops(body: Body, run: Run, tokens: float, trained: float, keys: float) -> float:
     """Of a step of `tokens`, `trained` of which meet the head, each of which sees `keys` on average."""
-    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[run.checkpointing]
+    again = {"none": 0.0, "ops": 0.0, "selective": 0.5, "full": 1.0}[run.checkpointing]
     of_head = 2.0 * math.prod(body.head) * trained * run.chunks
     reference = run.reference in ("live", "adapters")
     backward = 2.0 if body.head_trained else 1.0  # frozen weights have no gradient
@@ -305,33 +323,31 @@ def add_flags(made: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = None) -> None:
-    """--plan: say what a run of these flags would take; no data are read. `objective` None: sft.py. Raises
-    ValueError for a model directory without a configuration, or a --replicate that divides no ranks."""
-    whole, other = _bodies(args, objective)
-    ranks = args.gpus or int(os.environ.get("WORLD_SIZE", 1))
-    fsdp.groups(ranks, args.replicate)
-    cuda = args.memory is not None or (args.device != "cpu" and torch.cuda.is_available())
-    several = 1 if objective is None or not (objective.pairs or objective.scores) else 2
-    prompt = 0 if objective is not None and objective.scores else args.max_prompt_length
-    example = several * args.max_length - (several - 1) * prompt
-    lengths = [example] * args.batch_size
-    run = _run(args, objective, lengths, ranks, cuda)
+def report(
+    args: argparse.Namespace, say: Callable, objective: Any, least: argparse.Namespace, planned: tuple
+) -> None:
+    """--plan: say what a run of these flags would take; no data are read. `objective` None: sft.py; `least`
+    are the flags with which it takes the least; `planned` are tokens of each group, ranks, and whether those
+    are GPUs. Raises ValueError for a model directory without a configuration."""
+    whole, other = bodies(args, objective)
+    lengths, ranks, cuda = planned
+    run = run_of(args, objective, lengths, ranks, cuda)
     total, trained = numbers(whole.weights), numbers([w for w in whole.weights if w.trained])
     say(f"{args.model}: {total:,} parameters, {trained:,} of them trained; {len(whole.blocks)} blocks, "
         f"width {whole.head[1]}, {whole.head[0]} ids")  # fmt: skip
     parts = _parts(whole, run, other)
     say(f"memory of a rank, {ranks} in all: {_gb(parts)} = " + _listed(parts))
     say(f"shards: {balance(whole, run.ranks):.3f} times an equal share of the weights")
-    tokens = example * args.batch_size
+    tokens = sum(lengths)
     work = flops(whole, run, tokens, SHARE * tokens, args.max_length / 2)
     steps = "" if args.steps is None else f"; {args.steps} steps, {args.steps * work:.3g} FLOP"
     say(f"a step: up to {tokens} tokens in {run.microbatches} micro-batches a rank, {work:.3g} FLOP{steps}")
+    say(f"with {_chosen(args)}")
     disk = f"disk: a checkpoint {12 * trained / 1e9:.3g} GB, final/ up to {4 * total / 1e9:.3g} GB"
     if args.steps is not None:
         disk += f", rows in --token-cache about {args.steps * tokens * ROW_BYTES / 1e9:.2g} GB"
     say(disk)
-    alone = _run(args, objective, lengths, 1, True)
+    alone = run_of(least, objective, lengths, 1, True)
     for size, (card, rate) in CARDS.items():
         least = fewest(whole, alone, size, other)
         if least is None:
@@ -341,7 +357,7 @@ def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = 
         seconds = work / (args.plan * rate * 1e12 * least)
         time = f"{seconds:.3g} s a step" + (f", {args.steps * seconds / 3600:.3g} h" if args.steps else "")
         say(f"{card}, {size} GB: {least} at least, {time} at {args.plan:.0%} of {rate} TFLOP/s (computed)")
-    limit = _limit(args, cuda)
+    limit = limit_of(args, cuda)
     if sum(parts.values()) > limit:
         say(f"does not fit into {limit / 1e9:.3g} GB: {_advice(args, objective, lengths, run, limit)}")
 
@@ -352,12 +368,12 @@ def refuse(
     """Say what a rank of a run needs; `lengths` are tokens of each group. Raises ValueError for one that
     cannot fit into its memory, unless --yes."""
     try:
-        whole, other = _bodies(args, objective)
+        whole, other = bodies(args, objective)
     except ValueError as error:  # an operation that needs numbers: the model may train all the same
         return say(f"what it needs cannot be counted ({error})")
-    run = _run(args, objective, lengths, ranks, device.type == "cuda")
-    parts, limit = _parts(whole, run, other), _limit(args, run.cuda)
-    say(f"needs about {_gb(parts)} a rank of {limit / 1e9:.3g}: {_listed(parts)}")
+    run = run_of(args, objective, lengths, ranks, device.type == "cuda")
+    parts, limit = _parts(whole, run, other), limit_of(args, run.cuda)
+    say(f"needs about {_gb(parts)} a rank of {limit / 1e9:.3g} with {_chosen(args)}: {_listed(parts)}")
     if sum(parts.values()) > limit and not args.yes:
         advice = _advice(args, objective, lengths, run, limit)
         raise ValueError(f"needs {_gb(parts)} a rank, there are {limit / 1e9:.3g} ({advice}; or --yes true)")
@@ -372,7 +388,7 @@ def fewest(body: Body, run: Run, memory: float, other: Body | None = None) -> in
     return None
 
 
-def _bodies(args: argparse.Namespace, objective: Any) -> tuple[Body, Body | None]:
+def bodies(args: argparse.Namespace, objective: Any) -> tuple[Body, Body | None]:
     """Of the policy, and of a reference that is another model."""
     made = [args.model]
     if objective is not None and objective.has_reference and lora.shared(args) is None:
@@ -387,7 +403,7 @@ def _bodies(args: argparse.Namespace, objective: Any) -> tuple[Body, Body | None
     return found[0], (found + [None])[1]
 
 
-def _run(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, cuda: bool) -> Run:
+def run_of(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, cuda: bool) -> Run:
     """The largest micro-batch that the flags and the lengths of groups allow."""
     longest = np.sort(np.asarray(lengths))[::-1][: args.batch_size]
     share = math.ceil(longest.sum() / ranks)
@@ -412,7 +428,7 @@ def _parts(body: Body, run: Run, other: Body | None) -> dict[str, float]:
     return parts | ({} if run.cuda else {"runtime": RUNTIME + GAPS * sum(parts.values())})
 
 
-def _limit(args: argparse.Namespace, cuda: bool) -> float:
+def limit_of(args: argparse.Namespace, cuda: bool) -> float:
     """Bytes that a rank may take: of a GPU less SPARE, or of this machine's memory its part."""
     if args.memory is not None:
         return args.memory * 1e9 * (1 - SPARE)
@@ -424,7 +440,7 @@ def _limit(args: argparse.Namespace, cuda: bool) -> float:
 
 def _advice(args: argparse.Namespace, objective: Any, lengths: Any, run: Run, limit: float) -> str:
     """What makes a run fit, the cheapest in time first: one change after another until it does."""
-    whole, other = _bodies(args, objective)
+    whole, other = bodies(args, objective)
     ranks, said = run.ranks * args.replicate, []
     more = [{"gpus": 2**k} for k in range(MOST_RANKS.bit_length()) if 2**k > ranks]
     steps = [{"tokens_per_microbatch": args.max_length}, {"activation_checkpointing": "full"}]
@@ -436,11 +452,16 @@ def _advice(args: argparse.Namespace, objective: Any, lengths: Any, run: Run, li
         said = [word for word in said if not word.startswith("--gpus")]
         said.append(f"--{key.replace('_', '-')} {value}")
         if change is ADAPTERS:
-            whole, other = _bodies(args, objective)
-        run = _run(args, objective, lengths, args.gpus or ranks, run.cuda)
+            whole, other = bodies(args, objective)
+        run = run_of(args, objective, lengths, args.gpus or ranks, run.cuda)
         if sum(_parts(whole, run, other).values()) <= limit:
             return "fits with " + " ".join(said)
     return "fits with nothing known here"
+
+
+def _chosen(args: argparse.Namespace) -> str:
+    flags = ("tokens_per_microbatch", "activation_checkpointing")
+    return " ".join(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in flags)
 
 
 def _gb(parts: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
@@ -30,6 +31,11 @@ import loading
 import packing
 import shards
 import vocab
+
+# Operations that take most of a block's time: products with weights, and CUDA's attention. Not bmm, which on
+# a CPU makes attention's scores, square in the length of a segment and written to after it.
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::_grouped_mm", "torch_attn::_varlen_attn"}
+PRODUCTS |= {"flash_attn::_flash_attn_varlen_forward"}
 
 
 class LanguageModel(nn.Module):
@@ -274,18 +280,27 @@ def stop_at(model: LanguageModel, ids: Sequence[int]) -> None:
 
 def checkpoint_activations(model: LanguageModel, which: str) -> None:
     """Keep only the input of a block and recompute the block in the backward pass: of every block ("full"),
-    of every second one ("selective") or of none. In place, before fsdp.shard."""
+    of every second one ("selective") or of none; or keep the outputs of every block's PRODUCTS too and
+    recompute what lies between them ("ops"). In place, before fsdp.shard."""
+    how = {"use_reentrant": False}
+    if which == "ops":
+        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
     if which != "none":
-        model.lm.activation_checkpointing_enable({"use_reentrant": False})
+        model.lm.activation_checkpointing_enable(how)
     if which == "selective":
         for block in model.blocks[1::2]:
             block.gradient_checkpointing = False
 
 
+def keep_products(context: Any, operation: Any, *args: Any, **named: Any) -> CheckpointPolicy:
+    """Of "ops", for torch.utils.checkpoint: what is kept of a block's forward."""
+    return CheckpointPolicy.MUST_SAVE if operation.name() in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def compile_blocks(*models: Any) -> None:
     """Let torch.compile fuse what a block does between its matrix products, for rows of any length; packed
     attention stays as it is, a break in the middle. Blocks of a class share what is compiled, within what
-    activation checkpointing runs again and FSDP gathers around. In place, of those that are LanguageModels."""
+    activation checkpointing runs again and FSDP gathers around. In place, of what is a LanguageModel."""
     AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))
     whole = [model for model in models if isinstance(model, LanguageModel)]
     for block in itertools.chain(*(model.blocks for model in whole)):

@@ -36,6 +36,7 @@ import batch
 import chat
 import config
 import encode
+import fit
 import loading
 import ranking
 import sft
@@ -137,7 +138,7 @@ def measure(data: Data, args: argparse.Namespace) -> tuple[list[tuple[str, str, 
         hashes = [hash(tuple(ids)) for ids in example.completions]
         keys.append((example.prompt_key, *sorted(hashes)))
         labelled.append((example.prompt_key, *sorted(zip(hashes, example.scores))))
-    lengths, budget = data.train.lengths, args.tokens_per_microbatch
+    lengths, budget = data.train.lengths, args.tokens_per_microbatch or fit.TOKENS
     steps = batch.plan(lengths, args.batch_size, 1, budget, args.seed, 0, data.units)
     padded = 0
     for step in steps:

@@ -13,6 +13,8 @@ bash run.sh            set up, then the demo: SFT of a tiny model, then dpo, tdp
                        bundled Anthropic HH sample; ends with a table and a figure. Finished stages are skipped.
 bash run.sh test       set up, then the test suite on two cores (WORKERS=8: on more); further arguments go to pytest
 bash run.sh setup      only make .venv and install requirements.txt
+bash run.sh flash-attn flash-attn's kernel beside torch's own, which is the default and enough but for soft-caps: a
+                       prebuilt wheel, or where there is none for this torch, CUDA and Python its source, up to an hour
 bash run.sh loop       three rounds of sample, label, align on the tiny model's own answers: a table, a figure and
                        runs/loop/samples.html, the answers before and after each round (SEED=1, LOSS=ra_dpo1)
 bash run.sh controlled 11 methods in a world whose reward is known, rare catastrophes included: reward, its lower tail and
@@ -41,10 +43,31 @@ setup() {
     if ! cmp -s requirements.txt .venv/installed.txt; then
         echo "installing requirements.txt into .venv"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-        if command -v nvidia-smi >/dev/null && ! .venv/bin/python -m pip install --quiet flash-attn --no-build-isolation; then
-            echo "flash-attn could not be installed; torch's own variable-length attention is used instead"
-        fi
         cp requirements.txt .venv/installed.txt
+    fi
+}
+
+# flash-attn for .venv's torch. Its setup.py imports torch, hence no build isolation, and wheel, which a venv of
+# Python 3.11 lacks; it takes a prebuilt wheel if it finds one, and else needs nvcc and ninja.
+flash_attn() {
+    local py=.venv/bin/python log=.venv/flash-attn.log lacks=""
+    if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
+        lacks="no nvcc on PATH or in CUDA_HOME"
+    elif ! "$py" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
+        lacks="the torch in .venv is one without CUDA"
+    fi
+    if [ -n "$lacks" ]; then
+        echo "error: run.sh flash-attn: $lacks (nothing needs it: torch's own kernel is the default)" >&2
+        exit 2
+    fi
+    echo "flash-attn: a prebuilt wheel if there is one for this torch, CUDA and Python; else its source is compiled"
+    "$py" -m pip install --quiet --disable-pip-version-check wheel setuptools ninja packaging
+    if ! "$py" -m pip install --verbose --disable-pip-version-check --no-build-isolation flash-attn 2>&1 | tee "$log" |
+        sed -un -e 's/^ *Guessing wheel URL: */looking for the wheel /p' -e 's/^ *Raw wheel path.*/wheel: found/p' \
+            -e 's/^ *Precompiled wheel not found.*/wheel: none; compiling the source, up to an hour/p' \
+            -e 's/^ *\(Successfully installed\|Requirement already satisfied: flash-attn\)/\1/p'; then
+        echo "error: run.sh flash-attn: it could not be installed (see $log; torch's own kernel goes on being used)" >&2
+        exit 2
     fi
 }
 
@@ -147,6 +170,7 @@ mode=${1:-demo}
 case "$mode" in
     help | -h | --help) usage ;;
     setup) setup ;;
+    flash-attn) setup && flash_attn ;;
     demo) setup && demo ;;
     loop) setup && loop ;;
     controlled) setup && OMP_NUM_THREADS=1 .venv/bin/python examples/controlled.py "$@" ;;

@@ -29,6 +29,7 @@ import config
 import data
 import encode
 import export
+import fit
 import fsdp
 import generation
 import loading
@@ -60,7 +61,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-length", type=config.count, default=512, help="tokens of prompt and one completion")
     add("--max-prompt-length", type=config.count, default=None, help="tokens; None: half of --max-length")
     add("--batch-size", type=config.count, default=16, help="examples of one optimiser step, over all ranks")
-    add("--tokens-per-microbatch", type=config.count, default=4096, help="packed by a rank; memory only")
+    add("--tokens-per-microbatch", type=config.count, default=None, help="memory only; None: 4096, CUDA more")
     add("--epochs", type=config.count, default=1)
     add("--steps", type=config.count_or_zero, default=None, help="instead of --epochs; 0 only evaluates")
     add("--lr", type=config.positive, default=1e-5, help="peak learning rate of AdamW")
@@ -70,7 +71,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--skip-non-finite", type=config.count_or_zero, default=0, help="steps left out before one stops")
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over trained tokens")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
-    add("--activation-checkpointing", choices=("none", "selective", "full"), default="full")
+    how = "what is recomputed; None: full, on CUDA as little as there is room for"
+    add("--activation-checkpointing", choices=fit.WAYS, default=None, help=how)
     add("--compile", type=config.boolean, default=False, help="what blocks do between products, for GPUs")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
@@ -156,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     preflight.begin(args)
     with config.user_errors():
         if args.plan is not None:
-            return memory.report(args, config.tell)
+            return fit.report(args, config.tell)
         rank, world_size, device = fsdp.init(args.device, args.timeout_minutes, args.replicate)
         say = config.tell if rank == 0 else lambda *parts, **options: None
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
@@ -171,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if held_out:
             evaluated = load_examples(held_out, "test", tokenizer, template, args, say)
             evaluated = evaluated.subset(args.eval_examples)
+        fit.settle(args, train.lengths, device, world_size)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, np.ones(len(train), int), device, say)
         preflight.agree(train, evaluated)

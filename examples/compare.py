@@ -66,7 +66,7 @@ OTHER_BETAS = (0.03, 0.3, 1.0)
 RATES = (5e-6, 1e-5, 2e-5)
 DEV = 8  # one prompt of so many
 PAIRS = 8  # of a step
-LENGTHS = "--max-length 256 --max-prompt-length 128 --activation-checkpointing none"
+LENGTHS = "--max-length 256 --max-prompt-length 128 --activation-checkpointing none --tokens-per-microbatch 4096"
 MEASURE = "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1 --steps 0 --dtype float32"
 LOGGED = {  # of align.py -> of a row
     "rewards/accuracies": "accuracy",

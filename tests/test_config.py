@@ -25,6 +25,8 @@ import fsdp
 import rundir
 import sft
 
+# what fit.py chooses on a CPU
+CHOSEN = ["--tokens-per-microbatch", "4096", "--activation-checkpointing", "full"]
 REQUIRED = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
 PAIR = b'{"prompt": "Name a colour.", "chosen": "Blue is one.", "rejected": "No."}\n'
 
@@ -360,7 +362,7 @@ def test_several_sources(root, tmp_path, capfd):
         ("eval", 4),
     ]
     args = align.parse_args([str(tmp_path / "run" / "args.json")])
-    assert args == align.parse_args(argv) and args.data[1] == f"{tmp_path}/b.jsonl:0.5"
+    assert args == align.parse_args([*argv, *CHOSEN]) and args.data[1] == f"{tmp_path}/b.jsonl:0.5"
     assert exit_code(align.main, [*argv, "--resume", "auto"]) == 0
 
 
@@ -474,10 +476,10 @@ def test_shipped_configs_parse():
 def test_args_json_reproduces_the_run(finished, root, tmp_path):
     # red: "false" made bool("false") by add_hyperparameters.
     args = align.parse_args([str(finished[0] / "args.json")])
-    assert args == align.parse_args(finished[1]) and args.split is False
+    assert args == align.parse_args([*finished[1], *CHOSEN]) and args.split is False
     argv = command(root, tmp_path / "run", "--steps", "0", "--trust-remote-code", "true")
     assert exit_code(sft.main, argv) is None
-    assert sft.parse_args([str(tmp_path / "run" / "args.json")]) == sft.parse_args(argv)
+    assert sft.parse_args([str(tmp_path / "run" / "args.json")]) == sft.parse_args([*argv, *CHOSEN])
 
 
 def test_free_flags_are_flags():

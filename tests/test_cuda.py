@@ -2,6 +2,7 @@
 elsewhere."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,18 @@ def train(folder, loss, *flags, processes=1):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if row["split"] == "train"]
+
+
+@pytest.mark.parametrize("given", [None, "max_split_size_mb:512"])
+def test_segments_grow_unless_the_user_says_otherwise(given):
+    """What the allocator itself says, after fsdp.init and an allocation."""
+    code = "import fsdp, torch; fsdp.init('cuda'); torch.ones(9, device='cuda');"
+    code += "print(torch.cuda.memory._snapshot()['allocator_settings']['expandable_segments']); fsdp.finish()"
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    env = {key: value for key, value in os.environ.items() if key not in names}
+    env |= {} if given is None else {names[1]: given}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [str(given is None)], done.stderr
 
 
 two_devices = pytest.mark.skipif(

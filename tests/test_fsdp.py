@@ -4,16 +4,24 @@ A comment `red:` names a change that turns a test red.
 """
 
 import json
+import math
+import os
 import re
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from test_memory import CONFIGS
 from test_train import arguments, base, launch, rows  # noqa: F401
+from torch.distributed.checkpoint import default_planner
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlamaConfig
 
 import align
+import batch
+import fsdp
 import memory
 
 UNITS = 3  # of sharding: two blocks, and the rest
@@ -40,7 +48,8 @@ def runs(base):  # noqa: F811
     for processes in (4, 2, 1):
         jobs = []
         for name, (ranks, kind, more) in RUNS.items():
-            argv = arguments(kind, base, base / name, *FEW, *more)
+            few = FEW[2:] if name == "on" else FEW  # it goes on with what the checkpoint was written with
+            argv = arguments(kind, base, base / name, *few, *more)
             if "--lora-rank" in more:  # the reference is the policy without its adapters
                 del argv[argv.index("--reference") : argv.index("--reference") + 2]
             if ranks == processes:
@@ -155,3 +164,68 @@ def test_the_plan_counts_groups_and_what_is_offloaded(base, capsys):  # noqa: F8
     with pytest.raises(SystemExit):
         planned("--replicate", "3")
     assert capsys.readouterr().err == "error: --replicate 3 does not divide 8 ranks\n"
+
+
+def test_a_run_goes_on_with_the_micro_batches_it_was_begun_with(runs):
+    """red: fit._before that finds nothing; --resume not looked at"""
+    made = [json.loads((runs / name / "args.json").read_text()) for name in ("groups", "on", "one")]
+    assert [args["tokens_per_microbatch"] for args in made] == [50, 50, 50]
+    assert [args["activation_checkpointing"] for args in made] == ["full"] * 3
+
+
+def test_the_allocator_of_a_gpu_is_the_users_or_grows_its_segments(monkeypatch):
+    """red: PYTORCH_CUDA_ALLOC_CONF overridden, which torch reads first; set after the device is used"""
+    grows = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert fsdp.allocator_settings({"PATH": "/"}) == grows
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        assert fsdp.allocator_settings({name: "max_split_size_mb:128"}) == {}
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(fsdp.os, "environ", os.environ.copy())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    seen = []
+
+    def set_device(index):
+        seen.append(dict(fsdp.os.environ))
+        raise ValueError("a stand-in")
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(ValueError, match="a stand-in"):
+        fsdp.init("cuda")
+    assert grows.items() <= seen[0].items()
+
+
+def test_64_ranks_share_an_8b_model_its_batches_and_its_checkpoint():
+    """The planners of the checkpoint, as each of 64 ranks would drive them: shapes alone, and no process but
+    this one. Its vocabulary does not divide by 64.
+    red: split_axis that takes the last axis; a rank's works cut to those that are counted"""
+    sizes = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14_336}
+    found = memory.body(LlamaConfig(**sizes, num_hidden_layers=32, vocab_size=128_258))
+    assert memory.numbers(found.weights) == pytest.approx(8.03e9, rel=1e-3)
+    assert memory.balance(found, 64) < 1.1
+    shapes = sorted({weight.shape for weight in found.weights})
+    dist.init_process_group("fake", rank=0, world_size=64, store=FakeStore())
+    try:
+        with torch.device("meta"):
+            layer = torch.nn.ParameterList([torch.empty(shape) for shape in shapes])
+        fsdp.shard(layer, [], torch.bfloat16, torch.device("cpu"))
+        state, plans = dict(layer.named_parameters()), []
+        for rank in range(64):
+            for parameter in state.values():
+                parameter.device_mesh._coordinate_on_dim = (rank,)  # where a rank finds itself
+            plans.append(default_planner.create_default_local_save_plan(state, rank == 0))
+    finally:
+        dist.destroy_process_group()
+    _, written = default_planner.create_default_global_save_plan(plans)
+    for index, shape in enumerate(shapes):
+        chunks = [chunk for chunk in written.state_dict_metadata[str(index)].chunks if math.prod(chunk.sizes)]
+        (axis,) = [axis for axis, size in enumerate(shape) if chunks[0].sizes[axis] != size]
+        ends = sorted((chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]) for chunk in chunks)
+        assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])] and ends[-1][1] == shape[axis]
+        assert sum(math.prod(chunk.sizes) for chunk in chunks) == math.prod(shape)  # all else is whole
+
+    lengths = torch.randint(50, 2048, (3000,), generator=torch.Generator().manual_seed(0)).numpy()
+    seen = []
+    for shares in batch.plan(lengths, 500, 64, 8192, 0):
+        assert len(shares) == 64 and len({len(works) for works in shares}) == 1
+        seen += [group for works in shares for work in works if work.counted for group in work.groups]
+    assert sorted(seen) == list(range(3000))

@@ -103,6 +103,8 @@ def test_flops_are_those_of_the_products():
     wide, narrow, inner = 64, 32, 96
     assert found.flops == 3 * 2 * (2 * wide * wide + 2 * wide * narrow + 3 * wide * inner)
     assert found.attention == 3 * 2 * 2 * wide
+    # queries, keys and values, attention, its product, two of the gated layer, and one back
+    assert found.products == [2 * (wide + 2 * narrow + wide + wide + 2 * inner + wide)] * 3
     mixture = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, vocab_size=99)
     found = memory.body(mixture)
     assert found.flops == 3 * 2 * (2 * wide * wide + 2 * wide * narrow + 2 * 3 * wide * inner + 8 * wide)
@@ -182,6 +184,7 @@ def test_more_ranks_and_less_kept_take_less(monkeypatch):
     total = lambda **changes: sum(memory.need(found, run._replace(**changes)).values())  # noqa: E731
     assert total(ranks=1) > total() > total(ranks=64)
     assert total(checkpointing="none") > total(checkpointing="selective") > total()
+    assert total(checkpointing="none") > total(checkpointing="ops") > total()
     assert total() > total(reference="hidden") > total(reference="none") == total(reference="cached")
     assert total(reference="hidden") >= total(reference="adapters")
     assert total(drift=True) >= total()

@@ -258,6 +258,57 @@ def test_every_other_command_is_known(page, words):
         assert known, f"{page}: not tested"
 
 
+PIP = """#!/usr/bin/env bash
+echo "$*" >>asked
+case "$*" in
+    *--verbose*) printf '%s\\n' "  Guessing wheel URL:  there/x.whl" "  $FOUND" "  warning: noise" ;;
+esac
+exit "${CODE:-0}"
+"""
+
+
+def flash_attn(folder, **named) -> subprocess.CompletedProcess:
+    paths = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "CUDA_HOME": f"{folder}/none"}
+    command = ["bash", "run.sh", "flash-attn"]
+    env = os.environ | paths | named
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_flash_attn_is_installed_by_its_own_command_alone(tmp_path):
+    """Its pip is a stand-in, for there is no CUDA here; what refuses is not.
+    red: setup that tries it; wheel not installed first; build isolation; pip's exit code lost in the pipe"""
+    for path in ("run.sh", "requirements.txt"):
+        shutil.copy(ROOT / path, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv" / "installed.txt")
+    python, nvcc = tmp_path / ".venv" / "bin" / "python", tmp_path / "bin" / "nvcc"
+    python.write_text(PIP)
+    python.chmod(0o755)
+    if not shutil.which("nvcc", path="/usr/bin:/bin"):
+        nothing = flash_attn(tmp_path, PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+        assert (nothing.returncode, nothing.stdout) == (2, "") and "no nvcc" in nothing.stderr
+        assert len(nothing.stderr.splitlines()) == 1 and not (tmp_path / "asked").exists()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    done = flash_attn(tmp_path, FOUND="Precompiled wheel not found. Building from source...")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == [
+        "looking for the wheel there/x.whl", "wheel: none; compiling the source, up to an hour"
+    ]  # fmt: skip
+    first, second = (tmp_path / "asked").read_text().splitlines()[-2:]
+    assert {"wheel", "setuptools", "ninja", "packaging"} <= set(first.split())
+    assert second.endswith("--no-build-isolation flash-attn")
+    assert flash_attn(tmp_path, FOUND="Raw wheel path x").stdout.endswith("wheel: found\n")
+    failed = flash_attn(tmp_path, CODE="1")
+    assert failed.returncode == 2 and "without CUDA" in failed.stderr
+    python.write_text(PIP.replace("exit ", '[ "$1" = -c ] || [[ "$*" != *--verbose* ]] || exit 1\nexit '))
+    failed = flash_attn(tmp_path)
+    assert failed.returncode == 2 and len(failed.stderr.splitlines()) == 1 and ".log" in failed.stderr
+    script = (ROOT / "run.sh").read_text(encoding="utf-8")
+    assert "flash" not in script.split("\nsetup() {")[1].split("\n}")[0]
+
+
 def test_the_table_of_methods_is_printed_by_its_script():
     page = PAGES["docs/methods.md"]
     assert methods.table() in page, "put the output of bench/methods.py into docs/methods.md"

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"added", "arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
-EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
+EVERYTHING |= {"files", "fit", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
 EVERYTHING |= {"frozen", "generation", "loading", "lora", "memory", "metadata", "preflight", "progress", "rundir"}
 EVERYTHING |= {"packing", "peft_files", "references", "shards", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "align": EVERYTHING | {"trackers"},
     # align and sft: for their own parse_args and load_examples, lest the preview differs from the training
     "preview": {"align", "sft"}
-    | {"arrays", "batch", "chat", "config", "encode", "loading", "objective", "ranking"},
+    | {"arrays", "batch", "chat", "config", "encode", "fit", "loading", "objective", "ranking"},
     "label": {"config", "data", "formats", "parts", "progress", "ranking", "scoring"},
     "judge": {"config", "scoring"},
     "plot": set(),
@@ -40,10 +40,11 @@ MAY_IMPORT = {
     "batch": {"arrays", "attention", "encode", "ranking"},
     "objective": {"arrays", "batch", "config", "encode", "formats", "fsdp", "losses", "ranking", "risk", "vocab"},
     "loading": {"files"},
-    "memory": {"config", "fsdp", "loading", "lora", "vocab"},
+    "memory": {"config", "fsdp", "loading", "lora", "model", "vocab"},
     "preflight": {"arrays", "attention", "batch", "config", "fsdp", "loading", "lora", "model", "packing"}
     | {"rundir", "trackers"},
     "added": {"fsdp"},
+    "fit": {"checkpoint", "fsdp", "memory"},
     "model": {"added", "attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
     "packing": {"attention", "vocab"},
     "shards": {"fsdp", "loading"},
