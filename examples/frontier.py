@@ -56,7 +56,7 @@ LINES = {  # Okabe and Ito, by family; the line says which of it
 
 def add(path: Path, row: Row) -> None:
     """A line at the end of the results, on the disk before the next run."""
-    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+    rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(rounded) + "\n")
         file.flush()
