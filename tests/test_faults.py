@@ -78,7 +78,7 @@ def full_disk(out, lm):
     found = []
     for limit in (1000, resource.RLIM_INFINITY):
         with limited(limit if fsdp.ranks()[0] else resource.RLIM_INFINITY):
-            rundir.save(argparse.Namespace(out=out, keep_last=2), 3, *lm, {})
+            rundir.save(argparse.Namespace(out=out, keep_last=2, save_async=False), 3, *lm, {})
         fsdp.barrier()
         found.append([sorted(p.name for p in out.iterdir()), json.loads((out / "status.json").read_text())])
         fsdp.barrier()
@@ -96,7 +96,7 @@ def diverged(out, lm):
     before = weight.clone()
     weight.data[-1] = float("nan" if fsdp.ranks()[0] else 1.0)
     try:
-        rundir.save(argparse.Namespace(out=out, keep_last=2), 3, *lm, {})
+        rundir.save(argparse.Namespace(out=out, keep_last=2, save_async=False), 3, *lm, {})
     except SystemExit as end:
         return end.code
     finally:
@@ -207,7 +207,7 @@ def two_ranks(base):
     policy = model.load(str(base / "model"), torch.float32, 64, "random")
     fsdp.shard(policy, policy.blocks, torch.float32, torch.device("cpu"))
     lm = policy, torch.optim.AdamW(policy.parameters(), fused=True)
-    checkpoint.becomes = functools.partial(checkpoint.becomes, seconds=0.5)
+    fsdp.becomes = functools.partial(fsdp.becomes, seconds=0.5)
     time.sleep = functools.partial(lambda real, seconds: real(min(seconds, 2)), time.sleep)  # fail's is 5
     for step in (2, 4):
         with torch.no_grad():

@@ -50,10 +50,11 @@ MAY_IMPORT = {
     "frozen": {"batch", "fsdp", "model", "objective", "vocab"},
     "references": {"arrays", "batch", "config", "files", "frozen", "fsdp", "loading", "lora", "model", "objective"}
     | {"progress", "vocab"},
-    "checkpoint": {"files", "fsdp", "metadata"},
+    "checkpoint": {"config", "files", "fsdp", "metadata", "staging"},
+    "staging": set(),
     "metadata": set(),
     "config": {"files"},
-    "rundir": {"checkpoint", "config", "files", "fsdp", "signals"},
+    "rundir": {"checkpoint", "config", "files", "fsdp", "signals", "staging"},
     "signals": set(),
     "lora": {"config", "files", "fsdp", "loading", "model", "shards", "vocab"},
     "export": {"checkpoint", "config", "fsdp", "loading", "lora"},
