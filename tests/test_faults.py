@@ -85,6 +85,21 @@ def full_disk(out, lm):
     return found
 
 
+def full_disk_behind(out, lm):
+    """The same with --save-async, while the ranks go on with collectives of their own."""
+    args, found = argparse.Namespace(out=out, keep_last=2, save_async=True), []
+    for limit in (1000, resource.RLIM_INFINITY):
+        with limited(limit if fsdp.ranks()[0] else resource.RLIM_INFINITY):
+            said = [rundir.save(args, 3, *lm, {})]
+            for number in range(50):
+                assert fsdp.largest(number, torch.device("cpu")) == number
+            said.append(rundir.settle(args))
+        fsdp.barrier()
+        found.append([said, sorted(p.name for p in out.iterdir()), json.loads((out / "status.json").read_text())])
+        fsdp.barrier()
+    return found
+
+
 def full_disk_of_rank_zero(out, lm):
     with limited(1000 if fsdp.ranks()[0] == 0 else resource.RLIM_INFINITY):
         return checkpoint.save(out, 3, *lm, {}, 2)
@@ -166,7 +181,7 @@ class Weighted(NamedTuple):
 
 SCENARIOS = [slow_rank, own_disk, other_checkpoint, blind, shared, lost_file, full_disk, diverged]
 SCENARIOS += [full_disk_of_rank_zero, not_finite_on_one, own_file, own_file_at_resume, damaged_elsewhere]
-SCENARIOS += [unreadable]
+SCENARIOS += [unreadable, full_disk_behind]
 
 
 def resumed(out, choice, lm):
@@ -267,7 +282,7 @@ def test_a_file_that_another_rank_wrote_elsewhere_is_missed_before_the_rename(pa
 
 
 def test_a_save_that_fails_on_one_rank_costs_nothing_but_itself(pair):
-    # red: CheckpointException not caught; the leftover not removed; the problem not agreed on
+    # red: settle without _told; side_group the usual group; CheckpointException not caught; the leftover not removed; the problem not agreed on
     _, zero, one, stderr = pair
     held = ["disk0", "disk1", "status.json", "step-2", "step-4"]
     for found in (zero, one):
@@ -276,7 +291,11 @@ def test_a_save_that_fails_on_one_rank_costs_nothing_but_itself(pair):
         assert status["state"] == "running" and status["last_checkpoint"] == "step-4"
         assert "no checkpoint at step 3" in status["reason"] and "reason" not in after
         assert found["full_disk_of_rank_zero"]
-    assert len(re.findall(r"warning: no checkpoint at step 3: .+; going on\n", stderr)) == 1
+        (said, names, status), (after_all, later, after) = found["full_disk_behind"]
+        assert said[0] == "" and "rank 1: " in said[1] and names == held and after_all == ["", ""]
+        assert "no checkpoint at step 3" in status["reason"] and status["last_checkpoint"] == "step-4"
+        assert later == sorted({*held, "step-3"} - {"step-2"}) and "reason" not in after
+    assert len(re.findall(r"warning: no checkpoint at step 3: .+; going on\n", stderr)) == 2
 
 
 def test_weights_that_are_not_finite_on_one_rank_are_not_saved(pair):
@@ -788,6 +807,7 @@ def test_a_signal_ends_the_step_saves_it_and_leaves(endless, script, name, ranks
     # red: the loop without leave; exit_code without 128; each rank for itself, without fsdp.largest
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     out, argv, log = endless
+    argv += ["--save-async", "true"] * (script == "align")
     ready = lambda: log.exists() and len(log.read_text().splitlines()) > 4  # noqa: E731
     code, stderr = told([f"{script}.py", *argv], ready, getattr(signal, name), ranks=ranks)
     assert code == (130 if name == "SIGINT" else 0), stderr

@@ -327,7 +327,7 @@ def test_a_checkpoint_is_not_merged_into_another_base(root, dpo, tmp_path, monke
 @pytest.fixture(scope="module")
 def pair(root):
     """Runs on 2 processes, without dropout, and with it whole, or cut after two steps and resumed with blocks
-    recomputed; on 1 process the first again, from the start and from its checkpoint. Rank 3 is 2 rows on one
+    recomputed and checkpoints written behind it; on 1 process the first again, from the start and from its checkpoint. Rank 3 is 2 rows on one
     process and 1 on the other."""
     stop = "if step == 2:\n            return\n        began = time.perf_counter()"
     cut = ["began = time.perf_counter()", stop]
@@ -337,8 +337,9 @@ def pair(root):
         argv = flags(root, root / name, "--tokens-per-microbatch", 150, *more, steps=4)
         return {"script": "align.py", "argv": argv, "mutation": mutation}
 
-    again = ["--resume", "auto", "--activation-checkpointing", "full"]
-    jobs = [job("two", 0), job("whole", 0.3), job("cut", 0.3, cut), job("cut", 0.3, None, *again)]
+    behind = ["--save-async", "true"]
+    again = ["--resume", "auto", "--activation-checkpointing", "full", *behind]
+    jobs = [job("two", 0), job("whole", 0.3), job("cut", 0.3, cut, *behind), job("cut", 0.3, None, *again)]
     launch(root, jobs, 2, timeout=300)
     shutil.copytree(root / "two", root / "moved", ignore=shutil.ignore_patterns("final", "adapter", "step-4"))
     launch(root, [job("one", 0), job("moved", 0, None, "--resume", "auto")], 1, timeout=300)
@@ -367,9 +368,11 @@ def test_two_processes_are_one(pair):
 
 
 def test_a_resumed_run_is_the_run_to_the_bit(pair):
-    # red: the random state left out of the checkpoint; a mask that the recomputed block draws anew
+    # red: the random state left out of the checkpoint; a run that does not wait for a save; a mask that the recomputed block draws anew
     for name in ("adapter/adapter_model.safetensors", "final/model.safetensors"):
         assert (pair / "whole" / name).read_bytes() == (pair / "cut" / name).read_bytes()
+    for file in (f"step-4/__{rank}_0.distcp" for rank in (0, 1)):  # written at once, and behind the training
+        assert (pair / "whole" / file).read_bytes() == (pair / "cut" / file).read_bytes()
     assert [row["loss"] for row in rows_of(pair / "whole")] == [row["loss"] for row in rows_of(pair / "cut")]
     assert rows_of(pair / "whole")[2]["loss"] != rows_of(pair / "two")[2]["loss"]
 
