@@ -93,6 +93,7 @@ class Run(NamedTuple):
     cuda: bool = False
     sync: str = "every"  # micro-batch, or the last: gradients are whole until then
     offload: bool = False  # a live reference's shards
+    staged: bool = False  # checkpoints are written from a copy
 
 
 # ---- what a model is
@@ -226,6 +227,7 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
         "weights": 4.0 * numbers(trained, run.ranks) + run.size * numbers(frozen, run.ranks),
         "moments": 8.0 * numbers(trained, run.ranks),
         "reference": run.size * numbers(other.weights, run.ranks) * (live and not offloaded),
+        "staging": 12.0 * numbers(trained, run.ranks) * (run.staged and not run.cuda),  # of a GPU on the host
     }
     roots = root + live * run.size * numbers(other.root)
     matrix = body.head_trained * run.size * math.prod(body.head)  # the gradient of the head
@@ -402,7 +404,7 @@ def _run(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, cud
         getattr(torch, args.dtype).itemsize,
         args.activation_checkpointing, reference, bool(objective and objective.through),
         not (objective and objective.scores), cuda, args.micro_batch_sync,
-        bool(getattr(args, "offload", None)),
+        bool(getattr(args, "offload", None)), bool(args.save_async and args.save_every),
     )  # fmt: skip
 
 

@@ -342,8 +342,7 @@ def log_row(out: str | Path, row: dict[str, Any]) -> None:
             os.truncate(path, before)
         LOST["rows"] += 1
         if LOST["rows"] == 1:
-            why = error.strerror or error
-            config.warn(f"{path}: a row is lost: {why}; going on, status.json counts them")
+            config.warn(f"{path}: a row is lost: {error.strerror or error}; going on, status.json counts")
 
 
 def write_row(args: argparse.Namespace, rank: int, total: int, row: dict[str, Any]) -> None:
