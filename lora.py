@@ -15,16 +15,16 @@ quantised bases, a reference that is updated.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 import config
@@ -385,32 +385,35 @@ def rebuilt(made: dict[str, Any]) -> Any:
     return _peft().LoraConfig(**made["adapter"], base_model_name_or_path=made["model"])
 
 
-def gathered(policy: nn.Module) -> dict[str, Tensor]:
-    """What is trained, whole, on the CPU of rank 0; all ranks together. Empty on the others."""
-    found = {}
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            found |= {name: whole.detach().cpu()} if fsdp.ranks()[0] == 0 else {}
-    return found
-
-
 @torch.no_grad()
 def merged(
     made: Any, trained: dict[str, Tensor], trust_remote_code: bool = False
-) -> tuple[nn.Module, dict[str, Tensor]]:
+) -> tuple[nn.Module, dict[str, Tensor], Iterator[tuple[str, Tensor]]]:
     """The base as it lies on disk, in fp32, with trained adapters added to it: transformers' model, for the
-    names, and the state dict of a LanguageModel. Scalar heads are as they are in `trained`."""
+    names; the state dict of a LanguageModel, for the shapes; its tensors, read and merged one by one. Scalar
+    heads are as they are in `trained`."""
     base = made.base_model_name_or_path
     scores = "lm.score.weight" in trained
     trust = {"trust_remote_code": trust_remote_code}
-    whole = model.load(base, torch.float32, 1, reward_model=scores, **trust)
+    whole = model.outline(base, torch.float32, 1, reward_model=scores, **trust)
     _inject(whole.lm, made, 0.0, 0)
     _fill(whole, {name: value for name, value in trained.items() if ".lora_" in name}, base)
-    for layer in layers(whole):
-        layer.base_layer.weight += layer.get_delta_weight(TRAINED)
-    state = {n.replace(".base_layer.", "."): v for n, v in whole.state_dict().items() if ".lora_" not in n}
-    return whole.lm, state | {name: value for name, value in trained.items() if ".lora_" not in name}
+    if whole.source.places is None:  # only transformers can tell, and reads all
+        shards.fill(whole, whole.source, torch.device("cpu"))
+    own = {name for name, _ in (*whole.named_parameters(), *whole.named_buffers())}  # a tied weight once
+    state = {n: v for n, v in whole.state_dict().items() if n in own and ".lora_" not in n}
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in _named_layers(whole)}
+    weights = ((n.replace(".base_layer.", "."), _sum(whole, n, v, adapted.get(n))) for n, v in state.items())
+    heads = {name: value for name, value in trained.items() if ".lora_" not in name}
+    state = {name.replace(".base_layer.", "."): value for name, value in state.items()} | heads
+    return whole.lm, state, itertools.chain(weights, heads.items())
+
+
+@torch.no_grad()
+def _sum(whole: model.LanguageModel, name: str, value: Tensor, layer: Any) -> Tensor:
+    """A weight of the base, and what its adapter adds to it."""
+    value = shards.read(whole.source, name, value) if value.is_meta else value
+    return value if layer is None else value.add_(layer.get_delta_weight(TRAINED))
 
 
 def as_peft(made: Any, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
