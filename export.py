@@ -185,7 +185,8 @@ def _write_weights(
     for name, value in named.items():
         apart |= revert_weight_conversion(skeleton, {name: value})
     one_by_one = {n: v.shape for n, v in stored.items()} == {n: v.shape for n, v in apart.items()}
-    places = _lay_out(skeleton, stored, beside)
+    # parts of a fused parameter are no longer of one memory, which the size of files would count for each
+    places = _lay_out(skeleton, {name: torch.empty_like(value) for name, value in stored.items()}, beside)
     others, together = {}, {}
     for name, value in wholes:
         _check_finite(out, name, value)
