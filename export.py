@@ -180,7 +180,8 @@ def _write_weights(
     Where transformers stores a parameter in another form (fused experts one by one), it is brought into that
     by transformers itself, alone. Only where several make one tensor on disk must all be there at once.
     """
-    named = {name: value for name, value in named.items() if name not in (skeleton._keys_to_ignore_on_save or ())}
+    ignored = skeleton._keys_to_ignore_on_save or ()
+    named = {name: value for name, value in named.items() if name not in ignored}
     stored, apart = revert_weight_conversion(skeleton, dict(named)), {}
     for name, value in named.items():
         apart |= revert_weight_conversion(skeleton, {name: value})
@@ -204,7 +205,7 @@ def _write_weights(
 
 
 def _lay_out(skeleton: nn.Module, stored: dict[str, Tensor], beside: Path) -> dict[str, tuple[Path, int]]:
-    """Files of weights that hold their headers and zeros; of each tensor the file, and where in it it begins."""
+    """Files of weights that hold their headers and zeros; of each tensor the file, and where it begins."""
     pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(stored, filename_pattern=pattern, max_shard_size=SHARD)
     places = {}
@@ -222,8 +223,9 @@ def _lay_out(skeleton: nn.Module, stored: dict[str, Tensor], beside: Path) -> di
         places |= {name: (beside / file, 8 + len(text) + header[name]["data_offsets"][0]) for name in names}
     if split.is_sharded:
         about = {"total_parameters": skeleton.num_parameters(), **split.metadata}
-        index = json.dumps({"metadata": about, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True)
-        (beside / "model.safetensors.index.json").write_text(f"{index}\n", encoding="utf-8")
+        index = {"metadata": about, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (beside / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return places
 
 
@@ -304,8 +306,8 @@ def save_tokenizer(tokenizer: Any, place: str | Path, settings: GenerationConfig
 
 
 def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a skeleton stores of a state, a tied weight once. Raises ValueError unless every parameter has its
-    tensor and every tensor its parameter."""
+    """What a skeleton stores of a state, in its order, a tied weight once. Raises ValueError unless every
+    parameter has its tensor and every tensor its parameter."""
     head = {id(parameter) for parameter in lm.get_output_embeddings().parameters()}
     headless = not hasattr(skeleton, "lm_head") and hasattr(lm, "score")
     dropped = {name for name, p in lm.named_parameters(remove_duplicate=False) if id(p) in head and headless}
@@ -318,7 +320,7 @@ def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> di
         said += [f"{len(unplaced)} tensors without a parameter (first: {unplaced[0]})"] if unplaced else []
         raise ValueError(f"{type(lm).__name__} cannot be exported: {', '.join(said)}")
     kept = {*wanted, *(name for name, _ in skeleton.named_buffers())}
-    return {name: value for name, value in state.items() if name in kept}
+    return {name: state[name] for name in skeleton.state_dict() if name in kept and name in state}
 
 
 def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = False) -> None:

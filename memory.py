@@ -242,11 +242,11 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
         (earlier + back, roots + 2 * of_block, kept + states + again, matrix),
         (max(gradients, earlier) + ends, roots, states, 0.0),
     ]
-    # On a CPU the end too: the model in fp32, whole or merged, and the piece that is written; the heap of the
-    # steps is kept (fsdp.py), what they held in large blocks is not. Of a GPU that is the host's memory.
+    # On a CPU the end too: the largest weight, gathered, looked through for what is not finite, and cast; the
+    # heap of the steps is kept (fsdp.py), what they held in large blocks is not. Of a GPU that is the host's.
     if not run.cuda:
-        whole = 4 * (numbers(body.weights) + max(numbers([weight]) for weight in body.weights))
-        moments.append((0.0, roots, kept + states + again, 0.0, whole))
+        largest = 12.0 * max(numbers([weight]) for weight in body.weights)
+        moments.append((0.0, roots, kept + states + again, 0.0, largest))
     parts = ("gradients", "gathered", "activations", "head", "export")
     return [always | dict(zip(parts, moment)) for moment in moments]
 

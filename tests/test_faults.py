@@ -24,13 +24,16 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_config import exit_code, tree, write_model
+from transformers import LlamaConfig
 
 import align
 import checkpoint
+import export
 import fsdp
 import model
 import rundir
 import sft
+import shards
 import signals
 
 PAIRS = "".join(json.dumps({"prompt": f"q{k}", "chosen": f"yes {k}", "rejected": "no"}) + "\n" for k in range(6))
@@ -173,6 +176,30 @@ def unreadable(out, lm):
     return [found, sorted(path.name for path in out.glob(".aside-*"))]
 
 
+def large_export(out, lm):
+    """What a rank's memory grows by, at its peak, for half of a model of LARGE and its export; the size of the
+    whole in fp32. The half is the rank's number, and 1."""
+    policy = model.in_training(shards.skeleton(str(out.parent / "model"), LlamaConfig(**LARGE), False))
+    before = resident("VmRSS")
+    fsdp.shard(policy, policy.blocks, torch.bfloat16, torch.device("cpu"))
+    shards.fill(policy, None, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.to_local().fill_(fsdp.ranks()[0] + 1)
+    tokenizer = argparse.Namespace(save_pretrained=lambda place: None)
+    export.export(policy, tokenizer, out / "final", torch.bfloat16)
+    return [resident("VmHWM") - before, sum(4 * parameter.numel() for parameter in policy.parameters())]
+
+
+LARGE = {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 11, "num_attention_heads": 8}
+LARGE |= {"intermediate_size": 2048, "tie_word_embeddings": True, "eos_token_id": 2}
+
+
+def resident(key):
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1024
+
+
 class Weighted(NamedTuple):
     prompt: list
     completions: list
@@ -181,7 +208,7 @@ class Weighted(NamedTuple):
 
 SCENARIOS = [slow_rank, own_disk, other_checkpoint, blind, shared, lost_file, full_disk, diverged]
 SCENARIOS += [full_disk_of_rank_zero, not_finite_on_one, own_file, own_file_at_resume, damaged_elsewhere]
-SCENARIOS += [unreadable, full_disk_behind]
+SCENARIOS += [unreadable, full_disk_behind] + [large_export] * (sys.platform == "linux")
 
 
 def resumed(out, choice, lm):
@@ -343,6 +370,18 @@ def test_damage_that_one_rank_finds_is_agreed_on(pair):
     for found in (zero, one):
         assert found["unreadable"][0].endswith("/step-2/__1_0.distcp: Input/output error")
         assert found["unreadable"][1] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_no_rank_holds_the_model_that_is_exported(pair):
+    """Two ranks, a half of the weights each."""
+    # red: all of wholes before the first is written (_write_weights); to_local for full_tensor in _whole
+    base, *found, _ = pair
+    for peak, size in (said["large_export"] for said in found):
+        assert size > 180e6 and peak < 0.9 * size, (peak, size)
+    for name, value in load_file(base / "large_export" / "final" / "model.safetensors").items():
+        half = len(value) // 2
+        assert (value[:half] == 1).all() and (value[half:] == 2).all() and value.dtype == torch.bfloat16, name
 
 
 # ---- one process
