@@ -351,7 +351,7 @@ def adapters_of(out):
 
 
 def test_two_processes_are_one(pair):
-    # red: `gathered` with to_local; the seed of the adapters by rank; (1 / number) for (world_size / number)
+    # red: export._whole with to_local; the seed of the adapters by rank; (1 / number) for (world_size / number)
     one, two = (torch.load(pair / name / "gradients.pt") for name in ("one", "two"))
     assert len(one) == 4 and all(".lora_" in key for key in one[0])
     for first, second in zip(one, two):
