@@ -41,6 +41,7 @@ import config
 import fsdp
 import loading
 import lora
+import peft_files
 
 MARK = ".exported"
 DTYPES = ("float32", "bfloat16")
@@ -239,7 +240,7 @@ def _put(tensors: dict[str, Tensor], places: dict[str, tuple[Path, int]]) -> Non
 
 def _write_adapters(settings: Any, state: dict[str, Tensor], tokenizer: Any, out: str | Path) -> None:
     """Save what is trained as peft does, a value head beside it."""
-    told, named = lora.as_peft(settings, state)
+    told, named = peft_files.as_peft(settings, state)
     for name, value in state.items():
         _check_finite(out, name, value)
     with _replacing(out) as beside:
@@ -335,7 +336,7 @@ def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = Fals
     tokenizer = loading.load_tokenizer(str(kept) if kept.exists() else source, trust)
     if "adapter" in made:
         with config.located(str(path)):
-            adapters = lora.rebuilt(made)
+            adapters = peft_files.rebuilt(made)
         _write_adapters(adapters, state, tokenizer, out.with_name(f"{out.name}-adapter"))
         lm, state, wholes = lora.merged(adapters, state, trust)
     else:

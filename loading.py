@@ -251,15 +251,24 @@ def _merged(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     with one_line(path):
         if not (Path(path) / "adapter_model.safetensors").exists():
             raise ValueError("no adapter_model.safetensors (pickle .bin files are not loaded)")
-        base = files.read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
+        told = files.read_json(Path(path) / "adapter_config.json")
+        base = told.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise ValueError('adapter_config.json has no "base_model_name_or_path"')
         if (Path(base) / "adapter_config.json").exists():
             raise ValueError(f"its base model {base} is an adapter too")
     lm = load_plain(base, torch.float32, trust_remote_code)
     with one_line(path):
+        if (end := end_of_rows(told.get("trainable_token_indices"))) > len(lm.get_input_embeddings().weight):
+            lm.resize_token_embeddings(end, mean_resizing=False)  # the new rows are the adapter's
         merged = peft.PeftModel.from_pretrained(lm, path, local_files_only=True).merge_and_unload()
     return merged.to(dtype).eval()
+
+
+def end_of_rows(indices: Any) -> int:
+    """How many rows an embedding must have for peft's `trainable_token_indices`, ids or ids by module."""
+    found = indices.values() if isinstance(indices, dict) else [indices or []]
+    return max((id + 1 for ids in found for id in ids), default=0)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:

@@ -9,6 +9,8 @@ the reference's as well: the reference is the policy with its adapters off, or w
 started from (`Reference`), and no second model is in memory. Checkpoints hold what is trained alone; an
 export adds the adapters to the base as it lies on disk, in fp32.
 
+The rows of tokens that a run adds (sft.py --method csft) are trained whole: added.py.
+
 Left out: adapters on the head, on the embeddings or on the fused experts of a mixture, DoRA, trained biases,
 quantised bases, a reference that is updated.
 """
@@ -16,37 +18,25 @@ quantised bases, a reference that is updated.
 import argparse
 import importlib.util
 import itertools
-import json
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import added
 import config
 import files
 import fsdp
+import loading
 import model
+import peft_files
 import shards
 import vocab
 
-TRAINED, START = "default", "start"  # peft's names of the adapters: of those trained, and their frozen start
-MISSING = "adapters need peft (pip install peft)"
-FILES = ("adapter_config.json", "adapter_model.safetensors")
-# What an adapter's settings may say: peft injects accordingly, and a merge follows its layers.
-SETTINGS = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out",
-)  # fmt: skip
-# What may be there too: it says nothing of how they compute, or is looked at elsewhere.
-BESIDE = (
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "lora_dropout", "modules_to_save",
-)  # fmt: skip
+TRAINED, START = peft_files.TRAINED, "start"  # peft's names: of the adapters, of their frozen start
 
 
 # ---- flags
@@ -71,7 +61,7 @@ def resolve(args: argparse.Namespace) -> None:
     does not go with the others."""
     reference = getattr(args, "reference", None)
     for flag, path in (("--model", args.model), ("--reference", reference)):
-        if path and (Path(path) / FILES[0]).exists():
+        if path and (Path(path) / peft_files.FILES[0]).exists():
             config.fail(f"{flag} {path} holds adapters", right="--model its base, --lora-from the adapters")
     args.lora_rank = args.lora_rank or None
     names = ("lora_alpha", "lora_dropout", "lora_targets")
@@ -87,7 +77,7 @@ def resolve(args: argparse.Namespace) -> None:
             config.fail(f"--reference {reference} needs --lora-rank or --lora-from")
         return
     if importlib.util.find_spec("peft") is None:
-        config.fail(MISSING)
+        config.fail(peft_files.MISSING)
     if args.weights == "random":
         config.fail("--lora-rank needs --weights pretrained", right="an adapter without its base is nothing")
     if getattr(args, "sync_reference_every", 0):
@@ -120,15 +110,6 @@ def equal_at_start(args: argparse.Namespace) -> bool:
     if adapters is None:
         return not wanted(args) and args.reference in (None, args.model)
     return adapters == (START,) * bool(args.lora_from) and not (adapters and args.lora_dropout)
-
-
-def check_rows(args: argparse.Namespace, new: int) -> None:
-    """Raises ValueError where adapters would leave new rows of the embedding, `new` in number, untrained."""
-    if new and wanted(args):
-        raise ValueError(
-            f"--method csft adds {new} control tokens, whose embeddings adapters leave untrained (train a "
-            "csft model without --lora-rank first)"
-        )
 
 
 # ---- in
@@ -170,11 +151,15 @@ class Dropout(nn.Module):
 
 
 def add(
-    policy: model.LanguageModel, args: argparse.Namespace, say: Callable = print, copy: bool = False
+    policy: model.LanguageModel,
+    args: argparse.Namespace,
+    say: Callable = print,
+    copy: bool = False,
+    tokens: range = range(0),
 ) -> None:
     """Freeze a model and give it adapters, in place, the same on all ranks, before it is sharded; scalar
-    heads it has go on training. With `copy` they stay beside it as they are now, frozen, for a `Reference`.
-    Says what is trained.
+    heads it has go on training, and the rows of the `tokens` that were added. With `copy` the adapters stay
+    beside it as they are now, frozen, for a `Reference`. Says what is trained.
 
     Raises ValueError for targets that are not linear layers of the body, or an adapter directory that is not
     one, was made on another base, or does not fit.
@@ -182,17 +167,22 @@ def add(
     lm = policy.lm
     kept = None
     if args.lora_from:
-        made, kept = _read(args)
+        made, kept = peft_files.read(args)
     else:
         made = _settings(lm, args)
     _inject(lm, made, args.lora_dropout, args.seed)
+    told = made.trainable_token_indices
+    made.trainable_token_indices = added.add(lm, tokens, fresh=told is None) if tokens else None
+    if told not in (None, made.trainable_token_indices):
+        raise ValueError(f"--lora-from {args.lora_from}: has rows of other added tokens than this run")
     if kept is not None:
-        _fill(policy, kept, args.lora_from)
+        fresh = {n: p for n, p in policy.named_parameters() if added.is_row(n) and told is None}
+        _fill(policy, fresh | kept, args.lora_from)
     if copy:
         _copy_start(lm, made)
     policy.requires_grad_(False)
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(".lora_" in name and f".{TRAINED}." in name)
+        parameter.requires_grad_(".lora_" in name and f".{TRAINED}." in name or added.is_row(name))
     for head in policy.fp32_modules:
         head.requires_grad_(True)
     torch.manual_seed(args.seed + 1 + fsdp.ranks()[0])  # every rank drops out others
@@ -201,12 +191,15 @@ def add(
     kinds = sorted({name.rpartition(".")[2] for name, _ in _named_layers(lm)})
     say(f"adapters: rank {made.r} on {len(layers(policy))} layers ({', '.join(kinds)}), "
         f"{trained:,} of {total:,} parameters are trained")  # fmt: skip
+    if tokens:
+        say(f"adapters: the rows of {len(tokens)} added tokens are trained too; adapter/ goes onto a base "
+            f"after base.resize_token_embeddings({len(policy.head.weight)})")  # fmt: skip
 
 
 def insert(lm: nn.Module, args: argparse.Namespace) -> int:
     """The adapters of the flags into a transformers model on the meta device, trained and nothing else of it:
     shapes for a plan. Returns how many numbers they hold. Raises ValueError as `add` does."""
-    made = _read(args)[0] if args.lora_from else _settings(lm, args)
+    made = peft_files.read(args)[0] if args.lora_from else _settings(lm, args)
     with torch.device("meta"):
         _inject(lm, made, 0.0, 0)
     for name, parameter in lm.named_parameters():
@@ -223,18 +216,10 @@ def _named_layers(part: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in part.named_modules() if hasattr(module, "lora_A")]
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise ValueError(MISSING) from None
-    return peft
-
-
 def _settings(lm: nn.Module, args: argparse.Namespace) -> Any:
     """peft's LoraConfig of the flags."""
     targets, transposed = _targets(lm, args.lora_targets)
-    return _peft().LoraConfig(
+    return peft_files.peft().LoraConfig(
         r=args.lora_rank,
         lora_alpha=int(args.lora_alpha) if args.lora_alpha.is_integer() else args.lora_alpha,
         target_modules=targets,
@@ -266,15 +251,18 @@ def _targets(lm: nn.Module, chosen: str) -> tuple[list[str], bool]:
 
 
 def _inject(lm: nn.Module, made: Any, dropout: float, seed: int, name: str = TRAINED) -> None:
-    """Adapters into a transformers model, fp32. Raises ValueError for targets outside the body."""
+    """Adapters into a transformers model, fp32; rows of added tokens are added.py's affair. Raises ValueError
+    for targets outside the body."""
     torch.manual_seed(seed)
+    tokens, made.trainable_token_indices = made.trainable_token_indices, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, of what is refused below
         try:
             with shards.standing_in(lm):
-                _peft().inject_adapter_in_model(made, lm, adapter_name=name)
+                peft_files.peft().inject_adapter_in_model(made, lm, adapter_name=name)
         except (ValueError, RuntimeError, TypeError) as error:
             raise ValueError(f"peft refuses these adapters: {str(error).splitlines()[0]}") from error
+    made.trainable_token_indices = tokens
     body = {id(module) for module in lm.base_model.modules()}
     for place, layer in _named_layers(lm):
         if id(layer) not in body or not isinstance(layer.base_layer, (nn.Linear, Conv1D)):
@@ -294,47 +282,11 @@ def _copy_start(lm: nn.Module, made: Any) -> None:
         layer._active_adapter = [TRAINED]
 
 
-def _read(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
-    """Settings and tensors of --lora-from, the tensors named as those of a LanguageModel."""
-    folder = Path(args.lora_from)
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise ValueError(f"--lora-from {folder}: no {name}")
-    try:
-        told = files.read_json(folder / FILES[0])
-        tensors = load_file(folder / FILES[1])
-        kept = {key: told[key] for key in SETTINGS if key in told}
-        made = _peft().LoraConfig(**kept, base_model_name_or_path=args.model)
-    except (TypeError, KeyError, ValueError, SafetensorError, OSError) as error:
-        raise ValueError(f"--lora-from {folder}: {str(error).splitlines()[0]}") from error
-    plain = _peft().LoraConfig().to_dict() | {"peft_type": "LORA"}
-    free = {"init_lora_weights": "gaussian"}  # others of it change the base
-    other = [
-        key for key, value in told.items()
-        if key not in SETTINGS + BESIDE and value not in (plain.get(key), free.get(key), None, False, {}, [])
-    ]  # fmt: skip
-    other += ["modules_to_save"] * (not set(told.get("modules_to_save") or ()) <= {"score", "classifier"})
-    if other:
-        said = f"{other[0]} = {json.dumps(told[other[0]])[:40]}"
-        raise ValueError(f"--lora-from {folder}: {FILES[0]} sets {said}, which is not supported")
-    base = told.get("base_model_name_or_path")
-    if base and Path(base).exists() and model.fingerprint(base) != model.fingerprint(args.model):
-        raise ValueError(f"--lora-from {folder} was made on {base}, which is another model than --model")
-    return made, {_inside(name): value for name, value in tensors.items()}
-
-
-def _inside(name: str) -> str:
-    """A tensor of peft's file -> its parameter of a LanguageModel."""
-    name = name.removeprefix("base_model.model.")
-    for part in ("lora_A", "lora_B"):
-        name = name.replace(f".{part}.weight", f".{part}.{TRAINED}.weight")
-    return f"lm.{name}"
-
-
 @torch.no_grad()
 def _fill(policy: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Adapters, and a score where there is one, from tensors by name. Raises ValueError unless all fit."""
-    places = {n: p for n, p in policy.named_parameters() if ".lora_" in n or n == "lm.score.weight"}
+    """Adapters, and a score and rows where there are some, from tensors by name. Raises ValueError unless all
+    fit."""
+    places = {n: p for n, p in policy.named_parameters() if _adapts(n) or n == "lm.score.weight"}
     odd = sorted(
         name for name in places.keys() | tensors.keys()
         if getattr(places.get(name), "shape", 0) != getattr(tensors.get(name), "shape", 1)
@@ -362,15 +314,11 @@ def record(policy: model.LanguageModel, args: argparse.Namespace) -> dict[str, A
     if alike is not None:
         found["reference"] = "start" if alike else "base"  # of --model and --lora-from, which have digests
     if args.lora_from:
-        found["lora_from_digest"] = files.fingerprint(Path(args.lora_from) / name for name in FILES)
+        given = (Path(args.lora_from) / name for name in peft_files.FILES)
+        found["lora_from_digest"] = files.fingerprint(given)
     if made := settings(policy):
-        found["adapter"] = {key: _plain(getattr(made, key)) for key in SETTINGS}
+        found["adapter"] = peft_files.recorded(made)
     return found
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return sorted(value) if isinstance(value, (set, tuple)) else value
 
 
 def settings(policy: model.LanguageModel) -> Any:
@@ -378,11 +326,6 @@ def settings(policy: model.LanguageModel) -> Any:
     return getattr(policy.lm, "peft_config", {}).get(TRAINED)
 
 
-def rebuilt(made: dict[str, Any]) -> Any:
-    """The LoraConfig of a checkpoint's record. Raises ValueError if its base is not what it was."""
-    if model.fingerprint(made["model"]) != made["model_digest"]:
-        raise ValueError(f"its adapters were trained on another model than {made['model']} is now")
-    return _peft().LoraConfig(**made["adapter"], base_model_name_or_path=made["model"])
 
 
 @torch.no_grad()
@@ -394,39 +337,34 @@ def merged(
     heads are as they are in `trained`."""
     base = made.base_model_name_or_path
     scores = "lm.score.weight" in trained
+    end = loading.end_of_rows(made.trainable_token_indices)
     trust = {"trust_remote_code": trust_remote_code}
-    whole = model.outline(base, torch.float32, 1, reward_model=scores, **trust)
+    whole = model.outline(base, torch.float32, 1, vocabulary=end, reward_model=scores, **trust)
     _inject(whole.lm, made, 0.0, 0)
-    _fill(whole, {name: value for name, value in trained.items() if ".lora_" in name}, base)
+    if end:
+        added.add(whole.lm, range(end - len(next(iter(made.trainable_token_indices.values()))), end), False)
+    _fill(whole, {name: value for name, value in trained.items() if _adapts(name)}, base)
     if whole.source.places is None:  # only transformers can tell, and reads all
         shards.fill(whole, whole.source, torch.device("cpu"))
     own = {name for name, _ in (*whole.named_parameters(), *whole.named_buffers())}  # a tied weight once
-    state = {n: v for n, v in whole.state_dict().items() if n in own and ".lora_" not in n}
+    state = {n: v for n, v in whole.state_dict().items() if n in own and not _adapts(n)}
     adapted = {f"{name}.base_layer.weight": layer for name, layer in _named_layers(whole)}
+    adapted |= {f"{n}.weight": module for n, module in whole.named_modules() if hasattr(module, added.NAME)}
     weights = ((n.replace(".base_layer.", "."), _sum(whole, n, v, adapted.get(n))) for n, v in state.items())
-    heads = {name: value for name, value in trained.items() if ".lora_" not in name}
+    heads = {name: value for name, value in trained.items() if not _adapts(name)}
     state = {name.replace(".base_layer.", "."): value for name, value in state.items()} | heads
     return whole.lm, state, itertools.chain(weights, heads.items())
 
 
 @torch.no_grad()
 def _sum(whole: model.LanguageModel, name: str, value: Tensor, layer: Any) -> Tensor:
-    """A weight of the base, and what its adapter adds to it."""
+    """A weight of the base, and what its adapter adds to it, or its added tokens' rows."""
     value = shards.read(whole.source, name, value) if value.is_meta else value
-    return value if layer is None else value.add_(layer.get_delta_weight(TRAINED))
+    if hasattr(layer, added.NAME):
+        added.merge(layer, value)
+    return value.add_(layer.get_delta_weight(TRAINED)) if hasattr(layer, "lora_A") else value
 
 
-def as_peft(made: Any, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """Settings and tensors as peft stores them: what PeftModel.from_pretrained reads."""
-    scores = "lm.score.weight" in trained
-    kept = {key: _plain(getattr(made, key)) for key in SETTINGS}
-    told = _peft().LoraConfig(
-        **kept,
-        base_model_name_or_path=made.base_model_name_or_path,
-        inference_mode=True,
-        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
-        modules_to_save=["score"] if scores else None,
-    )
-    told.target_modules = kept["target_modules"]  # in their order: peft makes a set of a list
-    names = {name: name.replace(f".{TRAINED}.", ".") for name in trained if name.startswith("lm.")}
-    return told, {f"base_model.model.{new.removeprefix('lm.')}": trained[old] for old, new in names.items()}
+def _adapts(name: str) -> bool:
+    """Is this parameter of adapters, or a row of an added token?"""
+    return ".lora_" in name or added.is_row(name)

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
+import added
 import attention
 import files
 import fsdp
@@ -67,7 +68,8 @@ class LanguageModel(nn.Module):
         scale = (getattr(config, "logit_scale", None) or 1.0) / (
             getattr(config, "logits_scaling", None) or 1.0
         )
-        return vocab.Head(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return vocab.Head(linear.weight, linear.bias, softcap, scale, *added.of_head(self.lm))
 
     @property
     def fp32_modules(self) -> list[nn.Module]:
@@ -145,6 +147,7 @@ def fill(model: LanguageModel, device: torch.device, like: LanguageModel | None 
     are new objects. Raises ValueError, on every rank, for weights that `load` refuses."""
     if like is None:
         shards.fill(model, model.source, device)
+        added.start(model.lm)
         return
     shards.fill(model, None, device)
     fsdp.copy_parameters(like, model)

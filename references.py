@@ -39,6 +39,7 @@ import fsdp
 import loading
 import lora
 import model
+import peft_files
 import progress
 import vocab
 from arrays import Store
@@ -187,7 +188,7 @@ def _contents(args: argparse.Namespace) -> dict[str, Any]:
     if args.weights == "random":
         found["seed"] = args.seed
     if shared:
-        found["adapter"] = files.fingerprint(Path(args.lora_from) / name for name in lora.FILES)
+        found["adapter"] = files.fingerprint(Path(args.lora_from) / name for name in peft_files.FILES)
     return found
 
 

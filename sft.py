@@ -162,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         say(f"chat template: {template.name}")
+        before = len(tokenizer)
         if args.method == "csft":
-            # those it has are not added again
-            lora.check_rows(args, tokenizer.add_tokens(list(chat.CONTROL_TOKENS), special_tokens=True))
+            tokenizer.add_tokens(list(chat.CONTROL_TOKENS), special_tokens=True)  # but for those it has
         train = load_examples(args.data, "train", tokenizer, template, args, say)
         held_out = data.held_out(args.data, args.eval_data)
         evaluated = []
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         memory.refuse(args, train.lengths, device, world_size, say, None)
         model.check_vocabulary(tokenizer, policy)
         if lora.wanted(args):
-            lora.add(policy, args, say)
+            lora.add(policy, args, say, tokens=range(before, len(tokenizer)))
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
     model.stop_at(policy, generation.trained_stops(train, template))
     if args.method == "csft":

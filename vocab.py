@@ -38,6 +38,12 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # (V,)
     softcap: float | None = None  # z = cap tanh(raw / cap)
     scale: float = 1.0  # raw = scale (h W^T + b)
+    added: Tensor | None = None  # (k, D), in place of the rows of W from `first` on: see added.py
+    first: int = 0
+
+    @property
+    def cut(self) -> slice:
+        return slice(self.first, self.first + len(self.added))
 
 
 class Tokens(NamedTuple):
@@ -69,10 +75,10 @@ def token_statistics(
     hidden (N, D), head.weight (V, D), targets (N,) -> Tokens of (N,) each, in nats. `reference` is the
     reference's (hidden, head), which gets no gradient; with it come ref_logps, kl, and, with a `measure` of
     risk.py (hyper-parameters bound by functools.partial), risk. Gradients reach hidden, head.weight and
-    head.bias through logps and through the one drift named by `through` ("kl", "risk" or None); the other
-    drift is a constant. With `entropy`, H = -sum_v pi log pi of the policy, with its gradient. `chunk_size`
-    positions are projected at a time; None fits a block of logits into CHUNK_BYTES, or CUDA's. No result
-    depends on it beyond the rounding of a matmul.
+    head.bias, and head.added where there are such rows, through logps and through the one drift named by
+    `through` ("kl", "risk" or None); the other drift is a constant. With `entropy`, H = -sum_v pi log pi of
+    the policy, with its gradient. `chunk_size` positions are projected at a time; None fits a block of logits
+    into CHUNK_BYTES, or CUDA's. No result depends on it beyond the rounding of a matmul.
 
     Raises ValueError if `through` names a drift that is not computed.
     """
@@ -85,7 +91,8 @@ def token_statistics(
     chunk_size = max(1, min(chunk_size, len(targets)))
     return Tokens(
         *_TokenStatistics.apply(
-            hidden, head.weight, head.bias, head, targets, reference, measure, through, entropy, chunk_size
+            hidden, head.weight, head.bias, head.added, head, targets, reference, measure, through, entropy,
+            chunk_size,
         )
     )
 
@@ -93,9 +100,11 @@ def token_statistics(
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     # noqa: ANN001
-    def forward(ctx, hidden, weight, bias, head, targets, reference, measure, through, entropy, chunk_size):
+    def forward(
+        ctx, hidden, weight, bias, added, head, targets, reference, measure, through, entropy, chunk_size
+    ):
         ctx.set_materialize_grads(False)
-        head = Head(weight, bias, head.softcap, head.scale)
+        head = head._replace(weight=weight, bias=bias, added=added)
         ref_hidden, ref_head = reference or (None, None)
         project = _projection(head, chunk_size)
         project_reference = _projection(ref_head, chunk_size) if reference else None
@@ -131,8 +140,8 @@ class _TokenStatistics(torch.autograd.Function):
                         states = result.state.new_empty(positions, result.state.shape[-1])
                     if states is not None:
                         states[rows] = result.state  # (n, k)
-        ctx.save_for_backward(hidden, weight, bias, targets, lses, ref_hidden, entropies)
-        ctx.head = head._replace(weight=None, bias=None)
+        ctx.save_for_backward(hidden, weight, bias, added, targets, lses, ref_hidden, entropies)
+        ctx.head = head._replace(weight=None, bias=None, added=None)
         ctx.reference_head = ref_head
         ctx.ref_lses = ref_lses
         ctx.states = states
@@ -148,24 +157,25 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):  # noqa: ANN001, ANN205
-        hidden, weight, bias, targets, lses, ref_hidden, entropies = ctx.saved_tensors
+        hidden, weight, bias, added, targets, lses, ref_hidden, entropies = ctx.saved_tensors
         zero = lses.new_zeros(len(lses))  # (N,)
         gradient = zero if gradients[0] is None else gradients[0]  # (N,) d loss / d logps
         drift_gradient = gradients[ctx.drift] if ctx.drift else None  # (N,) d loss / d kl or d risk
         entropy_gradient = gradients[4]  # (N,) d loss / d entropy, or None
         drifts = drift_gradient is not None
-        head = ctx.head._replace(weight=weight, bias=bias)
+        head = ctx.head._replace(weight=weight, bias=bias, added=added)
         # those of the forward pass, so that what they keep is made once, and kept no longer than needed
         project, project_reference = ctx.projections or (
             _projection(head, ctx.chunk_size),
             _projection(ctx.reference_head, ctx.chunk_size) if drifts else None,
         )
         ctx.projections = None
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_weight, wants_bias, wants_added = ctx.needs_input_grad[:4]
         wide = lses.dtype
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None  # (N, D)
         grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None  # (V, D) one accumulator
         grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None  # (V,)
+        grad_added = torch.zeros_like(added, dtype=wide) if wants_added else None  # (k, D)
         for chunk in _chunks(len(hidden), ctx.chunk_size):
             upstream = project(hidden[chunk])  # (c, V) products, overwritten by d loss / d products
             ref_products = project_reference(ref_hidden[chunk]) if drifts else None  # (c, V)
@@ -192,16 +202,24 @@ class _TokenStatistics(torch.autograd.Function):
                     logits.mul_(slope)
                 if head.scale != 1.0:
                     logits.mul_(head.scale)
-            if wants_hidden:
-                grad_hidden[chunk] = upstream.to(weight.dtype) @ weight  # (c, D)
-            if wants_weight:
-                _add_outer(grad_weight, upstream, hidden[chunk])
             if wants_bias:
                 grad_bias.add_(upstream.sum(0))
+            through_added = 0.0
+            if added is not None:
+                own = upstream[:, head.cut]  # (c, k)
+                if wants_added:
+                    _add_outer(grad_added, own, hidden[chunk])
+                through_added = own.to(weight.dtype) @ added.to(weight.dtype)  # (c, D)
+                own.zero_()  # nothing reaches the rows that they stand in
+            if wants_hidden:
+                grad_hidden[chunk] = upstream.to(weight.dtype) @ weight + through_added  # (c, D)
+            if wants_weight:
+                _add_outer(grad_weight, upstream, hidden[chunk])
         project = project_reference = None  # before the gradient's copy is made
         grad_weight = grad_weight.to(weight.dtype) if wants_weight else None
         grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
+        grad_added = grad_added.to(added.dtype) if wants_added else None
+        return grad_hidden, grad_weight, grad_bias, grad_added, *[None] * 8
 
 
 def _chunks(total: int, size: int) -> list[slice]:
@@ -234,12 +252,17 @@ def _projection(head: Head, chunk_size: int) -> Callable[[Tensor], Tensor]:
     transposed = weight.t() if weight.is_cuda else weight.to(wide).t()  # (D, V)
     room = weight.new_empty(chunk_size, len(weight), dtype=wide)
 
-    def project(hidden: Tensor) -> Tensor:
-        products = room[: len(hidden)]  # (c, V)
+    def multiply(hidden: Tensor, transposed: Tensor, out: Tensor | None = None) -> Tensor:
         if weight.is_cuda and weight.dtype != wide:
-            return torch.mm(hidden, transposed, out_dtype=wide, out=products)
+            return torch.mm(hidden, transposed, out_dtype=wide, out=out)
         with precision.bf16_units(weight.dtype):
-            return torch.mm(hidden.to(wide), transposed, out=products)
+            return torch.mm(hidden.to(wide), transposed.to(wide), out=out)
+
+    def project(hidden: Tensor) -> Tensor:
+        products = multiply(hidden, transposed, room[: len(hidden)])  # (c, V)
+        if head.added is not None:
+            products[:, head.cut] = multiply(hidden, head.added.detach().to(weight.dtype).t())
+        return products
 
     return project
 

@@ -3,6 +3,7 @@
     bash run.sh compare            the whole plan, many hours; stopped, the same command goes on
     bash run.sh compare --quick    three methods, one seed, a few steps: that it runs, nothing else
     python examples/compare.py --methods dpo tdpo2 --seeds 0 1 --model DIR
+    python examples/compare.py --jobs 12     that many runs at a time share a GPU; OMP_NUM_THREADS=1
 
 In this order, each piece skipped where its row is in --results:
 
@@ -27,9 +28,11 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -60,10 +63,10 @@ SWEPT = ("dpo", "tdpo2", "ra_dpo1_cvar_0.97")
 QUICK = ("dpo", "tdpo2", "ra_dpo1_cvar_0.97")
 BETA = 0.1
 OTHER_BETAS = (0.03, 0.3, 1.0)
-RATES = (2e-6, 5e-6, 1e-5)
+RATES = (5e-6, 1e-5, 2e-5)
 DEV = 8  # one prompt of so many
 PAIRS = 8  # of a step
-LENGTHS = "--max-length 256 --max-prompt-length 128"
+LENGTHS = "--max-length 256 --max-prompt-length 128 --activation-checkpointing none"
 MEASURE = "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1 --steps 0 --dtype float32"
 LOGGED = {  # of align.py -> of a row
     "rewards/accuracies": "accuracy",
@@ -132,7 +135,8 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     batch = PAIRS * (2 if method == "kto" else 1)  # it counts responses
     how = f"{METHODS[method]} --beta {beta:g} --lr {rate:g} --steps {steps}"
     how += f" --warmup-steps {max(1, steps // 10)} --batch-size {batch}"
-    how += f" --seed {seed} {LENGTHS} --save-every 50 --log-every 10"
+    saved = 50 if args.jobs == 1 else 0  # runs at a time are short ones, and would fill a disk
+    how += f" --seed {seed} {LENGTHS} --save-every {saved} --log-every 10"
     script(align.main, how, out / "run", model=start, data=args.out / "train.jsonl", cache_reference=cache)
     paths = {"model": out / "run" / "final", "reference": start, "cache_reference": cache}
     paths |= {"data": args.out / "dev.jsonl", "eval_data": rows[judged]}
@@ -150,17 +154,44 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     config.tell(f"{method}  beta {beta:g}  lr {rate:g}  seed {seed}  {judged}:  {said}")
 
 
-def chosen_rate(method: str, args: argparse.Namespace) -> float:
-    """The learning rate with the best accuracy on dev, of equals the smallest."""
+def fill(args: argparse.Namespace) -> None:
+    """The reference's values of all rows, before several runs at a time read them."""
+    files = {"data": args.out / "train.jsonl"}, {"data": args.out / "dev.jsonl"}
+    for judged in ("dev.jsonl", ROOT / "examples" / "hh_test.jsonl"):
+        files += ({"data": args.out / "dev.jsonl", "eval_data": args.out / judged},)
+    hows = [METHODS[name] for name in {"dpo", "kto", "tdpo2"} & set(args.methods)]
+    for how, paths in [*((how, files[0]) for how in hows), *((MEASURE, paths) for paths in files[2:])]:
+        how += f" --cache-reference-only true --eval-examples {args.eval_pairs} {LENGTHS}"
+        flags = [*how.split(), "--out", str(args.out / "filled")]
+        for name, path in (paths | {"model": args.out / "sft" / "final"}).items():
+            flags += [f"--{name.replace('_', '-')}", str(path)]
+        align.main([*flags, "--cache-reference", str(args.out / "reference")])
+
+
+def runs(
+    wanted: Iterable[tuple[tuple, float]], steps: int, judged: str, args: argparse.Namespace
+) -> None:
+    """Each (key, rate), --jobs of them at a time, in processes of their own."""
+    if args.jobs == 1:
+        for key, rate in wanted:
+            run(key, rate, steps, judged, args)
+        return
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        waited = [pool.submit(run, key, rate, steps, judged, args) for key, rate in wanted]
+        for one in waited:
+            one.result()
+
+
+def chosen_rates(args: argparse.Namespace) -> dict[str, float]:
+    """Of each method the learning rate with the best accuracy on dev, of equals the smallest."""
     if len(args.rates) == 1:
-        return args.rates[0]
-    steps = max(1, args.steps // 2)
-    best = {}
-    for rate in sorted(args.rates):
-        run((method, BETA, 0), rate, steps, "dev", args)
-        told = settings(args, steps, "dev") | {"lr": rate}
-        best[rate] = frontier.read(args.results, told)[method, BETA, 0]["accuracy"]
-    return max(best, key=best.get)
+        return dict.fromkeys(args.methods, args.rates[0])
+    steps, rates = max(1, args.steps // 2), sorted(args.rates)
+    wanted = [((method, BETA, 0), rate) for method in args.methods for rate in rates]
+    runs(wanted, steps, "dev", args)
+    found = {rate: frontier.read(args.results, settings(args, steps, "dev") | {"lr": rate}) for rate in rates}
+    accuracies = {m: {rate: found[rate][m, BETA, 0]["accuracy"] for rate in rates} for m in args.methods}
+    return {method: max(best, key=best.get) for method, best in accuracies.items()}
 
 
 def plan(args: argparse.Namespace) -> Iterable[tuple[str, float, int]]:
@@ -189,6 +220,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sft-steps", type=config.count, default=None, help="None: 200, or 20 with --quick")
     add("--rows", type=config.count, default=None, help="of training; None: all, or 240 with --quick")
     add("--eval-pairs", type=config.count, default=None, help="measured; None: 360, or 64 with --quick")
+    add("--jobs", type=config.count, default=1, help="runs at a time, on one device")
     add("--model", type=Path, default=ROOT / "models" / "smollm2", help="examples/get_smollm2.py makes it")
     add("--out", type=Path, default=None, help="models, caches; None: runs/compare, or compare_quick")
     add("--results", type=Path, default=None, help="rows; None: bench/results/compare.jsonl, or in --out")
@@ -216,9 +248,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         how = f"--steps {args.sft_steps} --batch-size {PAIRS} --lr 1e-5 --warmup-steps 20 {LENGTHS}"
         if not (args.out / "sft" / "final").is_dir():
             script(sft.main, how, args.out / "sft", model=args.model, data=args.out / "train.jsonl")
-        rates = {method: chosen_rate(method, args) for method in args.methods}
-        for key in plan(args):
-            run(key, rates[key[0]], args.steps, "test", args)
+        if args.jobs > 1:
+            fill(args)
+        rates = chosen_rates(args)
+        runs([(key, rates[key[0]]) for key in plan(args)], args.steps, "test", args)
         rows = frontier.read(args.results, settings(args, args.steps, "test")).values()
         rows = [row for row in rows if row["lr"] == rates.get(row["method"])]
         said = frontier.table(rows, COLUMNS)

@@ -48,16 +48,17 @@ def drifts(
     rows = [row for row in rows if not isinstance(row, str)]  # or why it cannot be used
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # as Store.subset
     rows = [rows[index] for index in sorted(order[:pairs].tolist())]
-    packs = [batch.pack(rows[start : start + PAIRS]) for start in range(0, len(rows), PAIRS)]
-    frozen = model.load(reference, torch.float32, length)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    packs = [batch.pack(rows[start : start + PAIRS]).to(device) for start in range(0, len(rows), PAIRS)]
+    frozen = model.load(reference, torch.float32, length).to(device)
     for path in models:
-        policy, found = model.load(path, torch.float32, length), []
+        policy, found = model.load(path, torch.float32, length).to(device), []
         for pack in packs:
             where = pack.ids, pack.positions, pack.layout, pack.predict
             hidden, known = policy(*where), frozen(*where)  # (N, D) each
             tokens = vocab.token_statistics(hidden, policy.head, pack.targets, (known, frozen.head))
             found.append(tokens.kl)  # (N,)
-        yield torch.cat(found).numpy()
+        yield torch.cat(found).cpu().numpy()
 
 
 def summary(kl: np.ndarray) -> dict[str, Any]:

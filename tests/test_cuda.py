@@ -56,7 +56,7 @@ def test_the_varlen_kernel_equals_the_segment_loop(monkeypatch, window, sizes, k
 
 
 def test_head_logits_are_fp32_outputs_and_gradients_add_up_in_fp32_on_cuda():
-    """In three chunks: the weight's gradient is one accumulating product."""
+    """In three chunks: the weight's gradient is one accumulating product, and that of two rows of it is too."""
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(32, 256, generator=g).bfloat16().cuda().requires_grad_()
     weight = torch.randn(5000, 256, generator=g).bfloat16().cuda().requires_grad_()
@@ -70,6 +70,12 @@ def test_head_logits_are_fp32_outputs_and_gradients_add_up_in_fp32_on_cuda():
     exact.sum().backward()
     for found, wanted in zip((hidden, weight), wide):
         assert (found.grad.double() - wanted.grad).norm() < 1e-2 * wanted.grad.norm()
+    frozen, rows = weight.detach().clone(), weight.detach()[7:9].clone().requires_grad_()
+    frozen[7:9] = 0
+    again = vocab.token_statistics(hidden, vocab.Head(frozen, added=rows, first=7), targets, chunk_size=12)
+    assert torch.equal(again.logps, out.logps)
+    again.logps.sum().backward()
+    assert (rows.grad.double() - wide[1].grad[7:9]).norm() < 1e-2 * wide[1].grad[7:9].norm()
 
 
 def test_cvar_on_a_gpu_is_that_of_a_cpu():

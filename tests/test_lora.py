@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import launch
 from safetensors.torch import load_file
-from test_attention import ARCHITECTURE, CONFIGS, PACK, POSITIONS, error, padded, softmax_in_fp64  # noqa: F401
+from test_attention import CONFIGS, PACK, POSITIONS, VOCABULARY, error, padded, softmax_in_fp64  # noqa: F401
 from test_config import exit_code, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import added
 import align
 import attention
 import chat
@@ -26,25 +27,26 @@ import export
 import fsdp
 import lora
 import model
+import sample
 import sft
 import vocab
 
 peft = pytest.importorskip("peft", reason="peft, an extra, is not installed")
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"lora_rank": 3, "lora_alpha": 12.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "lora_from": None}
-IDS = torch.arange(3, 40)[None]
+IDS = torch.arange(VOCABULARY - 40, VOCABULARY)[None]
 
 
-def adapted(path, dtype=torch.float64, **changes):
-    """model.load of a directory with adapters whose B is not 0."""
+def adapted(path, dtype=torch.float64, tokens=range(0), **changes):
+    """model.load of a directory with adapters whose B is not 0, and rows of `tokens` that are others."""
     policy = model.load(str(path), dtype, POSITIONS)
     args = types.SimpleNamespace(**FLAGS | {"model": str(path), "seed": 3} | changes)
-    lora.add(policy, args, lambda *_: None)
+    lora.add(policy, args, lambda *_: None, tokens=tokens)
     for name, parameter in policy.named_parameters():
-        if ".lora_" in name:
+        if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter, std=0.1)
+            if ".lora_B." in name or added.is_row(name):
+                torch.nn.init.normal_(parameter, std=0.1 if ".lora_" in name else 0.5)
     return policy
 
 
@@ -60,12 +62,18 @@ def nothing_to_save():
     return types.SimpleNamespace(save_pretrained=lambda place: None)
 
 
-@ARCHITECTURE
+# tied with a scale, tied, untied with names of its own
+ADDED = [(name, range(VOCABULARY - 9, VOCABULARY - 6)) for name in ("gemma3", "gpt2", "gpt-neox")]
+
+
+@pytest.mark.parametrize("name, tokens", [(name, range(0)) for name in CONFIGS] + ADDED)
 @pytest.mark.usefixtures("group", "softmax_in_fp64")
-def test_gradients_reference_and_exports_equal_pefts_own(name, tmp_path):
-    """Of a packed batch in fp64 against padded rows through PeftModel; then what lies on disk, in fp32."""
+def test_gradients_reference_and_exports_equal_pefts_own(name, tokens, tmp_path):
+    """Of a packed batch in fp64 against padded rows through PeftModel; then what lies on disk, in fp32, and
+    what a policy in training gives to generate from. With tokens, their rows are trained too."""
     # red: merge without the scaling; GPT-2's deltas not transposed; the adapters left on in Reference; the
-    # head trained; alpha for alpha / r
+    # head trained; alpha for alpha / r; embed_scale left out of added._embed; the head's hook left out; the
+    # rows of an untied head taken for those of its embedding
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
     with torch.no_grad():
@@ -76,9 +84,10 @@ def test_gradients_reference_and_exports_equal_pefts_own(name, tmp_path):
     inputs = (PACK.ids, PACK.positions, layout, PACK.predict)
     with torch.no_grad():
         bare = model.load(str(tmp_path / "base"), torch.float64, POSITIONS)(*inputs)  # (N, D)
-    policy = adapted(tmp_path / "base")
-    reference = lora.Reference(policy, ())
-    assert torch.equal(reference(*inputs), bare)
+    policy = adapted(tmp_path / "base", tokens=tokens)
+    if not tokens:
+        reference = lora.Reference(policy, ())
+        assert torch.equal(reference(*inputs), bare)
     states = policy(*inputs)  # (N, D)
     assert error(states, bare) > 1e-2
     coefficient = torch.linspace(-1, 2, len(PACK.targets), dtype=torch.float64)
@@ -93,6 +102,7 @@ def test_gradients_reference_and_exports_equal_pefts_own(name, tmp_path):
         told = oracle(input_ids=IDS).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "final", attn_implementation="eager").eval()
         assert error(merged(input_ids=IDS).logits, told) < 1e-5
+        assert error(policy.generate(lambda lm: lm(input_ids=IDS).logits), told) < 1e-5
     oracle.double()
     expected = oracle(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)[chosen]  # (N, V)
     expected = expected.gather(-1, labels[:, 1:][chosen][:, None])[:, 0]  # (N,)
@@ -101,7 +111,10 @@ def test_gradients_reference_and_exports_equal_pefts_own(name, tmp_path):
     assert error(logps, expected) < 1e-5
     wanted = {n: p.grad for n, p in oracle.named_parameters() if p.grad is not None}
     found = {f"base_model.model.{n[3:]}": p.grad for n, p in policy.named_parameters() if p.grad is not None}
-    assert wanted.keys() == found.keys() and all(".lora_" in n for n in found) and len(found) >= 8
+    found = {n.replace(f".{added.NAME}", f".{added.PEFT}.default"): gradient for n, gradient in found.items()}
+    rows = [n for n in found if ".lora_" not in n]
+    assert wanted.keys() == found.keys() and len(found) >= 8
+    assert len(rows) == bool(tokens) * (2 - (name != "gpt-neox"))
     floor = 1e-7 * max(gradient.norm() for gradient in wanted.values())  # softmax ignores a key bias: 0
     for key, gradient in wanted.items():
         assert (found[key] - gradient).norm() < 1e-4 * gradient.norm() + floor, key
@@ -112,7 +125,8 @@ def test_gradients_reference_and_exports_equal_pefts_own(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A tiny model, one that csft has given its tokens, and short pairs of HH."""
+    """A tiny model, one that csft has given its tokens, one whose head is not its embedding, and short pairs
+    of HH."""
     root = tmp_path_factory.mktemp("lora")
     torch.manual_seed(0)
     base = write_model(root / "base", num_hidden_layers=2, initializer_range=0.1)
@@ -124,6 +138,8 @@ def root(tmp_path_factory):
     lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     lm.save_pretrained(root / "conditioned")
     tokenizer.save_pretrained(root / "conditioned")
+    untied = write_model(root / "untied", num_hidden_layers=2, initializer_range=0.1, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(untied)).save_pretrained(untied)
     rows = (ROOT / "examples" / "hh_test.jsonl").read_text(encoding="utf-8").splitlines()
     short = sorted(rows, key=len)[:20:2]
     (root / "rows.jsonl").write_text("".join(f"{row}\n" for row in short), encoding="utf-8")
@@ -157,13 +173,15 @@ RUNS = {  # script, flags, what is trained but adapters, the base
     "bradley_terry": (align, ["--loss", "bradley_terry"], 1, "base"),
     "sft": (sft, [], 0, "base"),
     "csft": (sft, ["--method", "csft"], 0, "conditioned"),
+    "csft, new tokens": (sft, ["--method", "csft"], 1, "base"),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_kind_of_run_trains_adapters_alone_and_exports_them_both_ways(root, name, tmp_path, monkeypatch):
     # red: the base saved too; the score not trained, or not in adapter/; the value head frozen; a second
-    # model loaded or copied; masters of the base in fp32; export.py of a checkpoint that forgets the scaling
+    # model loaded or copied; masters of the base in fp32; export.py of a checkpoint that forgets the scaling;
+    # the rows of new tokens left out of what is trained, or started from 0
     script, more, others, base = RUNS[name]
     models, shard = [], fsdp.shard
     monkeypatch.setattr(fsdp, "shard", lambda lm, *rest: models.append(lm) or shard(lm, *rest))
@@ -197,11 +215,21 @@ def test_every_kind_of_run_trains_adapters_alone_and_exports_them_both_ways(root
     whole = kind.from_pretrained(out / "final").eval()
     start = kind.from_pretrained(root / base, **more)
     start.config.pad_token_id = whole.config.pad_token_id
+    ids, old = IDS, len(start.get_input_embeddings().weight)
+    if name == "csft, new tokens":
+        ids = torch.cat((IDS, torch.tensor([[old, 7, old + 1]])), 1)
+        rows = whole.get_input_embeddings().weight
+        grown = model.load(str(root / base), torch.float32, 8, vocabulary=old + 2).head.weight
+        frozen = models[0].lm.get_input_embeddings().weight.to_local()
+        assert torch.equal(rows[:old], grown[:old]) and torch.equal(frozen, grown.bfloat16())
+        assert rows.shape == grown.shape and whole.get_output_embeddings().weight is rows
+        assert 1e-3 < (rows[old:] - grown[old:]).abs().max() < 0.1
+        start.resize_token_embeddings(old + 2, mean_resizing=False)
     one = peft.PeftModel.from_pretrained(start, out / "adapter").eval()
     with torch.no_grad():
-        assert error(whole(IDS).logits, one(IDS).logits) < 1e-5
+        assert error(whole(ids).logits, one(ids).logits) < 1e-5
         with one.disable_adapter():
-            assert error(whole(IDS).logits, one(IDS).logits) > 1e-4
+            assert error(whole(ids).logits, one(ids).logits) > 1e-4
     if name == "ppo":
         assert load_file(out / "final" / "value_head.safetensors").keys() == {
             key for key in saved if ".lora_" not in key
@@ -302,12 +330,6 @@ def test_what_does_not_go_with_adapters_is_one_line(root, dpo, name, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-def test_new_control_tokens_are_refused(root, tmp_path, capfd):
-    # red: check_rows left out
-    assert exit_code(sft.main, flags(root, tmp_path / "run", "--method", "csft", "--lora-rank", 4)) == 2
-    assert "--method csft adds 2 control tokens" in capfd.readouterr().err
-
-
 def test_a_checkpoint_is_not_merged_into_another_base(root, dpo, tmp_path, monkeypatch, capfd):
     # red: rebuilt without its digest
     shutil.copytree(root / "base", tmp_path / "base")
@@ -327,8 +349,9 @@ def test_a_checkpoint_is_not_merged_into_another_base(root, dpo, tmp_path, monke
 @pytest.fixture(scope="module")
 def pair(root):
     """Runs on 2 processes, without dropout, and with it whole, or cut after two steps and resumed with blocks
-    recomputed and checkpoints written behind it; on 1 process the first again, from the start and from its checkpoint. Rank 3 is 2 rows on one
-    process and 1 on the other."""
+    recomputed and checkpoints written behind it; on 1 process the first again, from the start and from its checkpoint.
+    Rank 3 is 2 rows on one process and 1 on the other. The same of csft, without dropout, whose new tokens have a row on each of two
+    processes, in the embedding and in the head."""
     stop = "if step == 2:\n            return\n        began = time.perf_counter()"
     cut = ["began = time.perf_counter()", stop]
 
@@ -340,9 +363,17 @@ def pair(root):
     behind = ["--save-async", "true"]
     again = ["--resume", "auto", "--activation-checkpointing", "full", *behind]
     jobs = [job("two", 0), job("whole", 0.3), job("cut", 0.3, cut, *behind), job("cut", 0.3, None, *again)]
+
+    def conditional(name, mutation=None, *more):
+        more = ["--method", "csft", "--lora-rank", 3, "--dtype", "float32", "--save-every", 2, *more]
+        argv = flags(root, root / name, "--tokens-per-microbatch", 150, *more, base="untied", steps=4)
+        return {"script": "sft.py", "argv": argv, "mutation": mutation}
+
+    jobs += [conditional("csft"), conditional("csft-cut", cut), conditional("csft-cut", None, *again)]
     launch(root, jobs, 2, timeout=300)
     shutil.copytree(root / "two", root / "moved", ignore=shutil.ignore_patterns("final", "adapter", "step-4"))
-    launch(root, [job("one", 0), job("moved", 0, None, "--resume", "auto")], 1, timeout=300)
+    jobs = [job("one", 0), job("moved", 0, None, "--resume", "auto"), conditional("csft-one")]
+    launch(root, jobs, 1, timeout=300)
     return root
 
 
@@ -350,30 +381,34 @@ def adapters_of(out):
     return load_file(out / "adapter" / "adapter_model.safetensors")
 
 
-def test_two_processes_are_one(pair):
-    # red: export._whole with to_local; the seed of the adapters by rank; (1 / number) for (world_size / number)
-    one, two = (torch.load(pair / name / "gradients.pt") for name in ("one", "two"))
-    assert len(one) == 4 and all(".lora_" in key for key in one[0])
+@pytest.mark.parametrize("names, rows", [(("one", "two"), 0), (("csft-one", "csft"), 2)])
+def test_two_processes_are_one(pair, names, rows):
+    # red: export._whole with to_local; the seed of the adapters by rank; (1 / number) for (world_size / number);
+    # added.start that takes the first rows on every rank
+    one, two = (torch.load(pair / name / "gradients.pt") for name in names)
+    assert len(one) == 4 and sum(".lora_" not in key for key in one[0]) == rows
     for first, second in zip(one, two):
-        assert first.keys() == second.keys() and len(first) == 28
+        assert first.keys() == second.keys() and len(first) == 28 + rows
         floor = 1e-6 * max(gradient.norm() for gradient in first.values())
         for key, gradient in first.items():
             assert (second[key] - gradient).norm() < 1e-4 * gradient.norm() + floor, key
-    one, two = (adapters_of(pair / name) for name in ("one", "two"))
+    one, two = (adapters_of(pair / name) for name in names)
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert value.shape == two[key].shape and (value - two[key]).abs().max() < 1e-4, key
-    one, two = (load_file(pair / name / "final" / "model.safetensors") for name in ("one", "two"))
+    one, two = (load_file(pair / name / "final" / "model.safetensors") for name in names)
     assert all((value - two[key]).abs().max() < 1e-4 for key, value in one.items())
 
 
 def test_a_resumed_run_is_the_run_to_the_bit(pair):
-    # red: the random state left out of the checkpoint; a run that does not wait for a save; a mask that the recomputed block draws anew
-    for name in ("adapter/adapter_model.safetensors", "final/model.safetensors"):
-        assert (pair / "whole" / name).read_bytes() == (pair / "cut" / name).read_bytes()
-    for file in (f"step-4/__{rank}_0.distcp" for rank in (0, 1)):  # written at once, and behind the training
-        assert (pair / "whole" / file).read_bytes() == (pair / "cut" / file).read_bytes()
-    assert [row["loss"] for row in rows_of(pair / "whole")] == [row["loss"] for row in rows_of(pair / "cut")]
+    # red: the random state left out of the checkpoint; a run that does not wait for a save; a mask that the recomputed block draws anew; fresh rows
+    # of new tokens written after the checkpoint is read
+    for whole, cut in (("whole", "cut"), ("csft", "csft-cut")):
+        for name in ("adapter/adapter_model.safetensors", "final/model.safetensors"):
+            assert (pair / whole / name).read_bytes() == (pair / cut / name).read_bytes()
+        for file in (f"step-4/__{rank}_0.distcp" for rank in (0, 1)):  # written at once, and behind the training
+            assert (pair / whole / file).read_bytes() == (pair / cut / file).read_bytes()
+        assert [row["loss"] for row in rows_of(pair / whole)] == [row["loss"] for row in rows_of(pair / cut)]
     assert rows_of(pair / "whole")[2]["loss"] != rows_of(pair / "two")[2]["loss"]
 
 
@@ -383,3 +418,27 @@ def test_a_checkpoint_of_two_goes_on_at_one(pair):
     assert all((value - moved[key]).abs().max() < 1e-4 for key, value in whole.items())
     size = sum(file.stat().st_size for file in (pair / "two" / "step-4").iterdir())
     assert size < 0.5 * (pair / "two" / "final" / "model.safetensors").stat().st_size
+
+
+def test_rows_of_new_tokens_go_on_and_answer(pair, tmp_path, capfd):
+    """In sft.py --method csft alone; sampling asks the merged model and the adapters the same."""
+    # red: _inside that leaves the name; `fresh` always true; end_of_rows always 0 in loading.py
+    final, adapter = pair / "csft" / "final", pair / "csft" / "adapter"
+    losses = []
+    for start in (["--lora-from", adapter], ["--model", final]):
+        more = ["--method", "csft", "--dtype", "float32", *start]
+        assert exit_code(sft.main, flags(pair, tmp_path / "next", *more, base="untied", steps=1)) is None
+        losses += [rows_of(tmp_path / "next")[0]["loss"]]
+        shutil.rmtree(tmp_path / "next")
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    argv = flags(pair, tmp_path / "next", "--lora-from", adapter, base="untied")
+    for script in (sft, align):
+        assert exit_code(script.main, argv) == 2
+        assert "has rows of added tokens, which sft.py --method csft goes on with" in capfd.readouterr().err
+    answers = []
+    for folder in (final, adapter):
+        out = tmp_path / f"{folder.name}.jsonl"
+        more = ["--prompts", 3, "--max-new-tokens", 8, "--dtype", "float32", "--device", "cpu"]
+        sample.main([str(part) for part in ["--model", folder, "--data", pair / "rows.jsonl", "--out", out, *more]])
+        answers += [out.read_text(encoding="utf-8")]
+    assert answers[0] == answers[1] and answers[0].count("\n") == 3

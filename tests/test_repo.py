@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERYTHING = {"arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
+EVERYTHING = {"added", "arrays", "attention", "batch", "chat", "checkpoint", "config", "data", "encode", "export"}
 EVERYTHING |= {"files", "formats", "fsdp", "losses", "model", "objective", "precision", "ranking", "risk"}
 EVERYTHING |= {"frozen", "generation", "loading", "lora", "memory", "metadata", "preflight", "progress", "rundir"}
-EVERYTHING |= {"packing", "references", "shards", "signals", "store", "values", "vocab"}
+EVERYTHING |= {"packing", "peft_files", "references", "shards", "signals", "store", "values", "vocab"}
 MAY_IMPORT = {
     "sft": EVERYTHING - {"frozen", "objective", "references"} | {"trackers"},
     "align": EVERYTHING | {"trackers"},
@@ -43,21 +43,23 @@ MAY_IMPORT = {
     "memory": {"config", "fsdp", "loading", "lora", "vocab"},
     "preflight": {"arrays", "attention", "batch", "config", "fsdp", "loading", "lora", "model", "packing"}
     | {"rundir", "trackers"},
-    "model": {"attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
+    "added": {"fsdp"},
+    "model": {"added", "attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
     "packing": {"attention", "vocab"},
     "shards": {"fsdp", "loading"},
     "fsdp": set(),
     "frozen": {"batch", "fsdp", "model", "objective", "vocab"},
     "references": {"arrays", "batch", "config", "files", "frozen", "fsdp", "loading", "lora", "model", "objective"}
-    | {"progress", "vocab"},
+    | {"peft_files", "progress", "vocab"},
     "checkpoint": {"config", "files", "fsdp", "metadata", "staging"},
     "staging": set(),
     "metadata": set(),
     "config": {"files"},
     "rundir": {"checkpoint", "config", "files", "fsdp", "signals", "staging"},
     "signals": set(),
-    "lora": {"config", "files", "fsdp", "loading", "model", "shards", "vocab"},
-    "export": {"checkpoint", "config", "fsdp", "loading", "lora"},
+    "lora": {"added", "config", "files", "fsdp", "loading", "model", "peft_files", "shards", "vocab"},
+    "peft_files": {"added", "files", "model"},
+    "export": {"checkpoint", "config", "fsdp", "loading", "lora", "peft_files"},
     "parts": {"config", "files"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},

@@ -66,6 +66,24 @@ def test_gradients_by_finite_differences(name, chunk):
     assert torch.autograd.gradcheck(run, (hidden, weight, bias), eps=1e-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_added_rows_are_those_of_the_weight_and_nothing_reaches_what_they_stand_in(chunk):
+    # red: own.zero_() or through_added left out; the slope of grad_added's part left out
+    hidden, weight, bias, ref, targets = case()
+    rows = torch.randn(2, weight.shape[1], dtype=torch.float64).requires_grad_()
+    targets[:3] = torch.tensor([10, 11, 12])
+    whole = weight.index_copy(0, torch.tensor([11, 12]), rows)
+    leaves = (hidden, weight, bias, rows)
+    found = []
+    for head in (vocab.Head(weight, bias, 4.0, 0.7, rows, 11), vocab.Head(whole, bias, 4.0, 0.7)):
+        out = vocab.token_statistics(hidden, head, targets, ref, MEASURES["cvar"], "risk", chunk)
+        loss = (out.logps - 2 * out.risk) @ torch.linspace(-1, 2, len(targets), dtype=torch.float64)
+        found.append((out.logps, out.ref_logps, out.kl, out.risk, *torch.autograd.grad(loss, leaves)))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    assert found[0][-1].norm() > 0.1 and not found[0][5][11:13].any()
+
+
 @pytest.mark.parametrize("through", [None, "kl", "risk"])
 @pytest.mark.parametrize("name", MEASURES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
