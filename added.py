@@ -63,10 +63,9 @@ def start(lm: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge(lm: nn.Module) -> None:
-    """Write the rows to where they stand in: of a whole model, neither sharded nor without memory."""
-    for module in (module for module in lm.modules() if hasattr(module, NAME)):
-        module.weight[module.first : module.first + len(module.added)] = module.added
+def merge(module: nn.Module, weight: Tensor) -> None:
+    """Write the rows of a module to where they stand in, in its weight, whole."""
+    weight[module.first : module.first + len(module.added)] = module.added
 
 
 def _embed(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

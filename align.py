@@ -407,6 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with rundir.failing(args, rank, total):
             export.export(policy, tokenizer, f"{args.out}/final", final_dtype, args.trust_remote_code)
         say(f"wrote {args.out}/final")
+    rundir.settle(args)
     rundir.write_status(args, rank, "done", total)
     fsdp.finish()
 

@@ -6,17 +6,16 @@ complete, so a kill at any moment leaves the one before. Its tensors go through 
 sharded, so any number of ranks reads it. Loading runs no code: the reader takes only the classes a
 tensor-only checkpoint needs.
 
-Left out: asynchronous saves, object stores, optimisers other than AdamW.
+Left out: object stores, optimisers other than AdamW.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 import re
 import shutil
-import sys
-import time
 import warnings
 import zlib
 from pathlib import Path
@@ -27,9 +26,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+import config
 import files
 import fsdp
 import metadata
+import staging
 
 FORMAT = 1
 NONE, REFUSED = -1, -2  # what rank 0 says instead of a step
@@ -50,51 +51,63 @@ def save(
     args: dict[str, Any],
     keep_last: int,
     extra: dict[str, Any] | None = None,
+    behind: bool = False,
 ) -> str:
     """Write out/step-N, all ranks together, then prune to the newest `keep_last`. A complete step-N is left
     alone, an incomplete one put aside. `extra` are further tensors by name (or dicts of them) that change
     during training.
 
     Returns, on all ranks, why it could not be written, else an empty string. Then nothing of it is left, and
-    the checkpoints before it are as they were.
+    the checkpoints before it are as they were. With `behind` it returns as soon as the state is copied, and
+    staging.wait says why.
     """
-    target, beside = Path(out) / f"step-{step}", Path(out) / f".tmp-step-{step}"
+    staging.wait()
+    target, device = Path(out) / f"step-{step}", next(model.parameters()).device
     leads = fsdp.ranks()[0] == 0
-    device = next(model.parameters()).device
     if fsdp.from_rank_zero(int(leads and _is_complete(target)), device):
         return ""
+    state = _state(model, optimizer) | (extra or {})
+    about = {"step": step, "args": args, "world_size": fsdp.ranks()[1]}
+    if not behind:
+        return _save(state, target, about, keep_last, (device, None))
+    where = torch.device("cpu"), fsdp.side_group()
+    staging.start(step, functools.partial(_save, staging.copied(state), target, about, keep_last, where))
+    return ""
+
+
+def _save(state: dict[str, Any], target: Path, about: dict[str, Any], keep_last: int, where: tuple) -> str:
+    """`save`, of a state, whose collectives are of tensors on a device, in a group (None: the usual one)."""
+    beside, leads = target.with_name(f".tmp-{target.name}"), fsdp.ranks()[0] == 0
+    mine, sums = {}, {}
 
     def begin() -> None:
         if leads:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
 
-    mine, sums = {}, {}
-
     def write() -> None:
-        dcp.save(_state(model, optimizer) | (extra or {}), checkpoint_id=str(beside))
+        dcp.save(state, checkpoint_id=str(beside), process_group=where[1])
         # each rank reads its own file again, for rank 0 would take minutes over all of a large model's
         own = sorted(beside.glob(f"__{fsdp.ranks()[0]}_*")) + [beside / ".metadata"] * leads
         mine.update({path.name: [path.stat().st_size, _checksum(path)] for path in own})
 
     def publish() -> None:
         if leads:
-            about = {"step": step, "args": args, "world_size": fsdp.ranks()[1], "files": sums}
-            _publish(beside, target, about)
-            _prune(Path(out), keep_last)
+            _publish(beside, target, about | {"files": sums})
+            _prune(target.parent, keep_last)
 
-    problem = _tried(begin, device) or _tried(write, device)
+    problem = _tried(begin, *where) or _tried(write, *where)
     if not problem:
-        for said in fsdp.gathered(json.dumps(mine)):
+        for said in fsdp.gathered(json.dumps(mine), where[1]):
             sums |= json.loads(said)
-        problem = _tried(publish, device)
+        problem = _tried(publish, *where)
     if problem:
         shutil.rmtree(beside, ignore_errors=True)  # on every rank: --out may be on a disk of its own
-    fsdp.barrier()
+    fsdp.barrier(where[1])
     return problem
 
 
-def _tried(work: Callable[[], None], device: torch.device) -> str:
+def _tried(work: Callable[[], None], *where: Any) -> str:
     """Do this rank's part of a save. Why some rank could not do its own, on all ranks, or an empty string."""
     problem = ""
     try:
@@ -104,7 +117,7 @@ def _tried(work: Callable[[], None], device: torch.device) -> str:
     except CheckpointException as error:  # a BaseException, on all ranks where one fails
         rank, (cause, _) = next(iter(error.failures.items()))
         problem = f"rank {rank}: {str(cause).strip().splitlines()[0]}"
-    failed = fsdp.ranks_where(bool(problem), device)
+    failed = fsdp.ranks_where(bool(problem), *where)
     return (problem or f"rank {failed[0]} could not") if failed else ""
 
 
@@ -112,7 +125,7 @@ def _publish(beside: Path, target: Path, about: dict[str, Any]) -> None:
     """Give a written checkpoint its record and its name. Raises ValueError if files of it are not here: a
     rank wrote them to a disk of its own."""
     named = {info.relative_path for info in metadata.read(beside).storage_data.values()}
-    missing = [name for name in sorted(named) if not becomes((beside / name).exists)]
+    missing = [name for name in sorted(named) if not fsdp.becomes((beside / name).exists)]
     if missing:
         raise ValueError(f"{missing[0]} is not there: is {target.parent} a disk that all nodes share?")
     record = {"format": FORMAT, **about}
@@ -122,7 +135,7 @@ def _publish(beside: Path, target: Path, about: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     if target.exists():
         aside = _put_aside(target)
-        _warn(f"{target} is incomplete; it is {aside.name} now, and {target.name} is written again")
+        config.warn(f"{target} is incomplete; it is {aside.name} now, and {target.name} is written again")
     os.replace(beside, target)
 
 
@@ -136,6 +149,7 @@ def _prune(out: Path, keep_last: int) -> None:
 
 def remove_leftovers(out: str | Path) -> None:
     """What saves, prunes and exports that were killed have left in a run directory that nobody else uses."""
+    staging.wait()  # this process may
     for pattern in (".tmp-*", ".removed-*"):
         for path in Path(out).glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -169,26 +183,12 @@ def _is_complete(path: Path) -> bool:
     return (path / ".metadata").exists() and (path / "trainer.json").exists()
 
 
-def becomes(holds: Callable[[], bool], seconds: float = 5) -> bool:
-    """Does it hold, at once or soon? Network file systems show late what another node wrote."""
-    for _ in range(int(seconds / 0.1)):
-        if holds():
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def _put_aside(path: Path) -> Path:
     """Rename a checkpoint so that nothing takes it for one; its new path."""
     names = (f".aside-{path.name}{mark}" for mark in ("", *(f"-{k}" for k in range(2, 1000))))
     aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     os.replace(path, aside)
     return aside
-
-
-def _warn(text: str) -> None:
-    with contextlib.suppress(OSError):  # stderr may go to the disk that is full
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def resume(
@@ -227,7 +227,8 @@ def resume(
             torch.cuda.set_rng_state(value) if name.endswith("_cuda") else torch.set_rng_state(value)
     if choice != "auto" and fsdp.ranks()[0] == 0:
         for newer in sorted((p for p in _steps(Path(out)) if _number(p) > record["step"]), key=_number):
-            _warn(f"{newer} is newer than {choice}, which was asked for; it is {_put_aside(newer).name} now")
+            aside = _put_aside(newer).name
+            config.warn(f"{newer} is newer than {choice}, which was asked for; it is {aside} now")
     return record["step"]
 
 
@@ -294,7 +295,7 @@ def _find(out: Path, choice: str, device: torch.device) -> Path | None:
         if step == NONE:
             return None
         path = out / f"step-{step}"
-        seen = _checksum(path / "trainer.json") if becomes((path / "trainer.json").exists) else -1
+        seen = _checksum(path / "trainer.json") if fsdp.becomes((path / "trainer.json").exists) else -1
         others = fsdp.ranks_where(seen != fsdp.from_rank_zero(seen, device), device)
         if others:
             raise ValueError(f"{path}: rank 0 goes on from it, and ranks {others} do not see it there")
@@ -332,7 +333,7 @@ def _choose(out: Path, choice: str, damage: str) -> int:
             return _number(path)
         if choice != "auto" or "this program reads" in problem:
             raise ValueError(f"{path}: {problem}")
-        _warn(f"{path}: {problem}; passed over, it is {_put_aside(path).name} now")
+        config.warn(f"{path}: {problem}; passed over, it is {_put_aside(path).name} now")
     return NONE
 
 

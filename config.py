@@ -48,6 +48,11 @@ def tell(*parts: Any) -> None:
         pass
 
 
+def warn(text: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may go to the disk that is full
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """A ValueError or OSError within is the user's mistake: one line instead of a traceback."""
@@ -179,6 +184,8 @@ def add_run_flags(made: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save-every", type=count_or_zero, default=0, help="optimiser steps between checkpoints; 0: none"
     )
+    behind = "write a checkpoint behind the training, from a copy in the host's memory"
+    group.add_argument("--save-async", type=boolean, default=False, metavar="true|false", help=behind)
     group.add_argument(
         "--keep-last", type=functools.partial(count, least=2), default=2, help="checkpoints kept"
     )
@@ -221,7 +228,7 @@ HOW_FLAGS = (
     "timeout_minutes", "trust_remote_code", "strict_data", "tokens_per_microbatch",
     "activation_checkpointing", "eval_data", "eval_every", "eval_examples", "sample_prompts", "check", "plan",
     "gpus", "memory", "yes", "cache_reference_only", "micro_batch_sync",
-    "replicate", "offload",
+    "replicate", "offload", "save_async",
 )  # fmt: skip
 # What a resumed run may change: that, and how long and how fast it goes on.
 FREE_FLAGS = (

@@ -7,28 +7,34 @@ small file, `.exported`, that tells a later export that it may replace the direc
 another name and renamed when complete. A run with --lora-rank has its adapters merged into final/, and as
 peft stores them in adapter/; from a checkpoint they go to OUT and OUT-adapter.
 
-Left out: models that do not fit into the memory of rank 0, other formats.
+Weights go to disk one by one: the safetensors files get their headers first, for all shapes are known, then
+each tensor is gathered, cast and written to its place. No rank holds more than a few of them at a time.
+
+Left out: other formats.
 """
 
 import argparse
 import contextlib
 import copy
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 import checkpoint
 import config
@@ -40,6 +46,10 @@ import peft_files
 MARK = ".exported"
 DTYPES = ("float32", "bfloat16")
 SHARD = "5GB"  # the largest file of weights: hubs and caches take files of this size
+NAMES = {  # of dtypes, in a safetensors header
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def prepare(args: argparse.Namespace) -> torch.dtype:
@@ -90,36 +100,53 @@ def export(
     """
     device = next(model.parameters()).device
     adapters = lora.settings(model)
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied weight once
+    state = {name: value for name, value in model.state_dict().items() if name in own}
+    wholes = _wholes(state)
     if adapters is not None:
-        state = lora.gathered(model)  # collective; empty on all ranks but 0
-    else:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)  # the same
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        state = dict(_wholes({name: state[name] for name in state if name in trained}))
+        wholes = iter(())
     problem = ""
     if fsdp.ranks()[0] == 0:
         try:
-            lm = model.lm
+            lm, weights = model.lm, wholes
             if adapters is not None:
                 _write_adapters(adapters, state, tokenizer, Path(out).with_name("adapter"))
-                lm, state = lora.merged(adapters, state, trust_remote_code)
+                lm, state, weights = lora.merged(adapters, state, trust_remote_code)
                 lm.generation_config = model.lm.generation_config
                 _give_score(lm, state, tokenizer)
-            _write(lm, state, tokenizer, out, dtype)
+            _write(lm, state, weights, tokenizer, out, dtype)
         except (OSError, ValueError, SafetensorError) as error:
             problem = f"{getattr(error, 'strerror', None) or error}"
             problem = problem if str(out) in problem else f"{out}: {problem}"
+    for _ in wholes:  # what rank 0 has not asked for, or the others' part of it
+        pass
     if fsdp.from_rank_zero(int(bool(problem)), device):
         raise ValueError(problem or f"{out}: rank 0 could not write it")
+
+
+def _wholes(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state, whole, one after another, all ranks together; rank 0's on the CPU."""
+    for name, value in state.items():
+        yield name, _whole(value)
+
+
+def _whole(value: Tensor) -> Tensor:
+    whole = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+    return whole.cpu() if fsdp.ranks()[0] == 0 else whole
 
 
 def _write(
     lm: nn.Module,
     state: dict[str, Tensor],
+    wholes: Iterable[tuple[str, Tensor]],
     tokenizer: Any,
     out: str | Path,
     dtype: torch.dtype,
 ) -> None:
-    """Save a LanguageModel's state dict under another name and rename it when complete."""
+    """Save a LanguageModel under another name and rename it when complete: the names and shapes of its state,
+    and the tensors one by one."""
     # the skeleton sets its own attention, and a live model shares its config
     settings = copy.deepcopy(lm.config)
     kind = AutoModelForSequenceClassification if hasattr(lm, "score") else AutoModelForCausalLM
@@ -127,18 +154,96 @@ def _write(
         skeleton = kind.from_config(settings, dtype=dtype, attn_implementation="eager")
     if kind is AutoModelForCausalLM:
         skeleton.generation_config = lm.generation_config
-    body = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
+    body = {
+        name.removeprefix("lm."): torch.empty_like(value, dtype=_kept(value, dtype), device="meta")
+        for name, value in state.items()
+        if name.startswith("lm.")
+    }
     named = _matched(lm, skeleton, body)
-    with _replacing(out, state) as beside:
-        named = {name: v.to(dtype) if v.is_floating_point() else v for name, v in named.items()}
-        skeleton.save_pretrained(beside, state_dict=named, max_shard_size=SHARD)
-        _save_along(state, tokenizer, beside)
+    with _replacing(out) as beside:
+        skeleton.save_pretrained(beside, state_dict={})  # all but the weights
+        _save_along(_write_weights(skeleton, named, wholes, out, beside), tokenizer, beside)
+
+
+def _kept(value: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if value.is_floating_point() else value.dtype
+
+
+def _write_weights(
+    skeleton: nn.Module,
+    named: dict[str, Tensor],
+    wholes: Iterable[tuple[str, Tensor]],
+    out: str | Path,
+    beside: Path,
+) -> dict[str, Tensor]:
+    """Tensors into files as `save_pretrained` lays them out; what of them is not the transformers model's.
+
+    Where transformers stores a parameter in another form (fused experts one by one), it is brought into that
+    by transformers itself, alone. Only where several make one tensor on disk must all be there at once.
+    """
+    ignored = skeleton._keys_to_ignore_on_save or ()
+    named = {name: value for name, value in named.items() if name not in ignored}
+    stored, apart = revert_weight_conversion(skeleton, dict(named)), {}
+    for name, value in named.items():
+        apart |= revert_weight_conversion(skeleton, {name: value})
+    one_by_one = {n: v.shape for n, v in stored.items()} == {n: v.shape for n, v in apart.items()}
+    # parts of a fused parameter are no longer of one memory, which the size of files would count for each
+    places = _lay_out(skeleton, {name: torch.empty_like(value) for name, value in stored.items()}, beside)
+    others, together = {}, {}
+    for name, value in wholes:
+        _check_finite(out, name, value)
+        key = name.removeprefix("lm.")
+        if key == name:
+            others[name] = value
+        elif key in named:
+            together[key] = value.to(named[key].dtype)
+        if one_by_one:
+            _put(revert_weight_conversion(skeleton, together), places)
+            together = {}
+        del value  # before the next is gathered
+    _put(revert_weight_conversion(skeleton, together), places)
+    return others
+
+
+def _lay_out(skeleton: nn.Module, stored: dict[str, Tensor], beside: Path) -> dict[str, tuple[Path, int]]:
+    """Files of weights that hold their headers and zeros; of each tensor the file, and where it begins."""
+    pattern = "model{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(stored, filename_pattern=pattern, max_shard_size=SHARD)
+    places = {}
+    for file, names in split.filename_to_tensors.items():
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in sorted(names, key=lambda name: (-stored[name].itemsize, name)):  # as safetensors does
+            begin, end = end, end + stored[name].nbytes
+            kind, shape = NAMES[stored[name].dtype], list(stored[name].shape)
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        with open(beside / file, "wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(8 + len(text) + end)
+        places |= {name: (beside / file, 8 + len(text) + header[name]["data_offsets"][0]) for name in names}
+    if split.is_sharded:
+        about = {"total_parameters": skeleton.num_parameters(), **split.metadata}
+        index = {"metadata": about, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (beside / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return places
+
+
+def _put(tensors: dict[str, Tensor], places: dict[str, tuple[Path, int]]) -> None:
+    for name, value in tensors.items():
+        path, begin = places[name]
+        with open(path, "r+b") as file:
+            file.seek(begin)
+            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _write_adapters(settings: Any, state: dict[str, Tensor], tokenizer: Any, out: str | Path) -> None:
     """Save what is trained as peft does, a value head beside it."""
     told, named = peft_files.as_peft(settings, state)
-    with _replacing(out, state) as beside:
+    for name, value in state.items():
+        _check_finite(out, name, value)
+    with _replacing(out) as beside:
         told.save_pretrained(beside)
         save_file(named, beside / "adapter_model.safetensors", {"format": "pt"})
         _save_along(state, tokenizer, beside)
@@ -160,14 +265,16 @@ def _give_score(lm: nn.Module, state: dict[str, Tensor], tokenizer: Any) -> None
         lm.config.pad_token_id = tokenizer.pad_token_id
 
 
+def _check_finite(out: str | Path, name: str, value: Tensor) -> None:
+    if not value.isfinite().all():
+        raise ValueError(f"{out}: not written, for a weight is not finite ({name.removeprefix('lm.')})")
+
+
 @contextlib.contextmanager
-def _replacing(out: str | Path, state: dict[str, Tensor]) -> Iterator[Path]:
-    """A directory to write a state into under another name, which takes its place when complete. Raises
-    ValueError if `out` may not be replaced or a weight is not finite."""
+def _replacing(out: str | Path) -> Iterator[Path]:
+    """A directory to write into under another name, which takes its place when complete. Raises ValueError
+    if `out` may not be replaced."""
     _check_target(out)
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{out}: not written, for a weight is not finite ({name.removeprefix('lm.')})")
     out = Path(out).resolve()
     beside, old = (out.with_name(f".{word}-{out.name}") for word in ("tmp", "removed"))
     shutil.rmtree(beside, ignore_errors=True)
@@ -200,8 +307,8 @@ def save_tokenizer(tokenizer: Any, place: str | Path, settings: GenerationConfig
 
 
 def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a skeleton stores of a state, a tied weight once. Raises ValueError unless every parameter has its
-    tensor and every tensor its parameter."""
+    """What a skeleton stores of a state, in its order, a tied weight once. Raises ValueError unless every
+    parameter has its tensor and every tensor its parameter."""
     head = {id(parameter) for parameter in lm.get_output_embeddings().parameters()}
     headless = not hasattr(skeleton, "lm_head") and hasattr(lm, "score")
     dropped = {name for name, p in lm.named_parameters(remove_duplicate=False) if id(p) in head and headless}
@@ -214,7 +321,7 @@ def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> di
         said += [f"{len(unplaced)} tensors without a parameter (first: {unplaced[0]})"] if unplaced else []
         raise ValueError(f"{type(lm).__name__} cannot be exported: {', '.join(said)}")
     kept = {*wanted, *(name for name, _ in skeleton.named_buffers())}
-    return {name: value for name, value in state.items() if name in kept}
+    return {name: state[name] for name in skeleton.state_dict() if name in kept and name in state}
 
 
 def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = False) -> None:
@@ -231,8 +338,9 @@ def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = Fals
         with config.located(str(path)):
             adapters = peft_files.rebuilt(made)
         _write_adapters(adapters, state, tokenizer, out.with_name(f"{out.name}-adapter"))
-        lm, state = lora.merged(adapters, state, trust)
+        lm, state, wholes = lora.merged(adapters, state, trust)
     else:
+        wholes = state.items()
         settings = loading.settings(source, trust)
         with loading.one_line(str(path)):
             lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=trust)
@@ -243,7 +351,7 @@ def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = Fals
                 lm.generation_config = GenerationConfig.from_pretrained(place)
         _give_score(lm, state, tokenizer)
     chosen = dtype or made.get("final_dtype")
-    _write(lm, state, tokenizer, out, _dtype(chosen if chosen in DTYPES else None, source, trust))
+    _write(lm, state, wholes, tokenizer, out, _dtype(chosen if chosen in DTYPES else None, source, trust))
 
 
 def _as_saved(lm: nn.Module, state: dict[str, Tensor]) -> None:

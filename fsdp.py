@@ -23,7 +23,7 @@ import threading
 import time
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ from torch.distributed.tensor import DTensor, Shard
 # What the thread of `_watch` says of this rank and knows of the others.
 HEALTH: dict[str, Any] = {
     "calls": 0, "heard": {}, "pause": 1.0, "store": None, "still": None, "report": lambda reason: None,
+    "timeout": None,
 }  # fmt: skip
 OVER = threading.Event()  # the thread shall end
 
@@ -71,7 +72,7 @@ def init(device: str, timeout_minutes: float = 60, replicate: int = 1) -> tuple[
         # but the layers of one do, three a segment: a cache too small for those slows every step down.
         os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # torch's; 1,024
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # oneDNN's; 1,024
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout = HEALTH["timeout"] = timedelta(minutes=timeout_minutes)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         _join(backend, timeout)
     else:
@@ -302,19 +303,19 @@ def largest(value: int, device: torch.device) -> int:
     return int(found.item())
 
 
-def ranks_where(holds: bool, device: torch.device) -> list[int]:
+def ranks_where(holds: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
     """The ranks on which something holds, on every rank."""
     rank, world_size = ranks()
     flags = torch.zeros(world_size, dtype=torch.int32, device=device)
     flags[rank] = int(holds)
-    dist.all_reduce(flags)
+    dist.all_reduce(flags, group=group)
     return [index for index, flag in enumerate(flags.tolist()) if flag]
 
 
-def gathered(text: str) -> list[str]:
+def gathered(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
     """What each rank says, on every rank."""
     said = [""] * ranks()[1]
-    dist.all_gather_object(said, text)
+    dist.all_gather_object(said, text, group)
     return said
 
 
@@ -358,9 +359,29 @@ def local_piece(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     return parameter, tuple(slice(0, size) for size in parameter.shape)
 
 
-def barrier() -> None:
-    HEALTH["calls"] += 1
-    dist.barrier()
+def becomes(holds: Callable[[], bool], seconds: float = 5) -> bool:
+    """Does it hold, at once or soon? Network file systems show late what another node wrote."""
+    for _ in range(int(seconds / 0.1)):
+        if holds():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@functools.cache  # as _mesh
+def _side(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=HEALTH["timeout"])
+
+
+def side_group() -> dist.ProcessGroup:
+    """A group of all ranks for the collectives of a second thread, of tensors on the CPU; all ranks make it
+    together."""
+    return _side(dist.group.WORLD)
+
+
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    HEALTH["calls"] += group is None
+    dist.barrier(group)
 
 
 def finish() -> None:

@@ -17,13 +17,13 @@ quantised bases, a reference that is updated.
 
 import argparse
 import importlib.util
+import itertools
 import warnings
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 import added
@@ -326,36 +326,43 @@ def settings(policy: model.LanguageModel) -> Any:
     return getattr(policy.lm, "peft_config", {}).get(TRAINED)
 
 
-def gathered(policy: nn.Module) -> dict[str, Tensor]:
-    """What is trained, whole, on the CPU of rank 0; all ranks together. Empty on the others."""
-    found = {}
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            found |= {name: whole.detach().cpu()} if fsdp.ranks()[0] == 0 else {}
-    return found
 
 
 @torch.no_grad()
 def merged(
     made: Any, trained: dict[str, Tensor], trust_remote_code: bool = False
-) -> tuple[nn.Module, dict[str, Tensor]]:
+) -> tuple[nn.Module, dict[str, Tensor], Iterator[tuple[str, Tensor]]]:
     """The base as it lies on disk, in fp32, with trained adapters added to it: transformers' model, for the
-    names, and the state dict of a LanguageModel. Scalar heads are as they are in `trained`."""
+    names; the state dict of a LanguageModel, for the shapes; its tensors, read and merged one by one. Scalar
+    heads are as they are in `trained`."""
     base = made.base_model_name_or_path
     scores = "lm.score.weight" in trained
     end = loading.end_of_rows(made.trainable_token_indices)
     trust = {"trust_remote_code": trust_remote_code}
-    whole = model.load(base, torch.float32, 1, vocabulary=end, reward_model=scores, **trust)
+    whole = model.outline(base, torch.float32, 1, vocabulary=end, reward_model=scores, **trust)
     _inject(whole.lm, made, 0.0, 0)
     if end:
         added.add(whole.lm, range(end - len(next(iter(made.trainable_token_indices.values()))), end), False)
     _fill(whole, {name: value for name, value in trained.items() if _adapts(name)}, base)
-    for layer in layers(whole):
-        layer.base_layer.weight += layer.get_delta_weight(TRAINED)
-    added.merge(whole.lm)
-    state = {n.replace(".base_layer.", "."): v for n, v in whole.state_dict().items() if not _adapts(n)}
-    return whole.lm, state | {name: value for name, value in trained.items() if not _adapts(name)}
+    if whole.source.places is None:  # only transformers can tell, and reads all
+        shards.fill(whole, whole.source, torch.device("cpu"))
+    own = {name for name, _ in (*whole.named_parameters(), *whole.named_buffers())}  # a tied weight once
+    state = {n: v for n, v in whole.state_dict().items() if n in own and not _adapts(n)}
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in _named_layers(whole)}
+    adapted |= {f"{n}.weight": module for n, module in whole.named_modules() if hasattr(module, added.NAME)}
+    weights = ((n.replace(".base_layer.", "."), _sum(whole, n, v, adapted.get(n))) for n, v in state.items())
+    heads = {name: value for name, value in trained.items() if not _adapts(name)}
+    state = {name.replace(".base_layer.", "."): value for name, value in state.items()} | heads
+    return whole.lm, state, itertools.chain(weights, heads.items())
+
+
+@torch.no_grad()
+def _sum(whole: model.LanguageModel, name: str, value: Tensor, layer: Any) -> Tensor:
+    """A weight of the base, and what its adapter adds to it, or its added tokens' rows."""
+    value = shards.read(whole.source, name, value) if value.is_meta else value
+    if hasattr(layer, added.NAME):
+        added.merge(layer, value)
+    return value.add_(layer.get_delta_weight(TRAINED)) if hasattr(layer, "lora_A") else value
 
 
 def _adapts(name: str) -> bool:

@@ -96,6 +96,7 @@ class Run(NamedTuple):
     cuda: bool = False
     sync: str = "every"  # micro-batch, or the last: gradients are whole until then
     offload: bool = False  # a live reference's shards
+    staged: bool = False  # checkpoints are written from a copy
 
 
 # ---- what a model is
@@ -242,6 +243,7 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
         "weights": 4.0 * numbers(trained, run.ranks) + run.size * numbers(frozen, run.ranks),
         "moments": 8.0 * numbers(trained, run.ranks),
         "reference": run.size * numbers(other.weights, run.ranks) * (live and not offloaded),
+        "staging": 12.0 * numbers(trained, run.ranks) * (run.staged and not run.cuda),  # of a GPU on the host
     }
     roots = root + live * run.size * numbers(other.root)
     matrix = body.head_trained * run.size * math.prod(body.head)  # the gradient of the head
@@ -256,11 +258,11 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
         (earlier + back, roots + 2 * of_block, kept + states + again, matrix),
         (max(gradients, earlier) + ends, roots, states, 0.0),
     ]
-    # On a CPU the end too: the model in fp32, whole or merged, and the piece that is written; the heap of the
-    # steps is kept (fsdp.py), what they held in large blocks is not. Of a GPU that is the host's memory.
+    # On a CPU the end too: the largest weight, gathered, looked through for what is not finite, and cast; the
+    # heap of the steps is kept (fsdp.py), what they held in large blocks is not. Of a GPU that is the host's.
     if not run.cuda:
-        whole = 4 * (numbers(body.weights) + max(numbers([weight]) for weight in body.weights))
-        moments.append((0.0, roots, kept + states + again, 0.0, whole))
+        largest = 12.0 * max(numbers([weight]) for weight in body.weights)
+        moments.append((0.0, roots, kept + states + again, 0.0, largest))
     parts = ("gradients", "gathered", "activations", "head", "export")
     return [always | dict(zip(parts, moment)) for moment in moments]
 
@@ -418,7 +420,7 @@ def run_of(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, c
         getattr(torch, args.dtype).itemsize,
         args.activation_checkpointing, reference, bool(objective and objective.through),
         not (objective and objective.scores), cuda, args.micro_batch_sync,
-        bool(getattr(args, "offload", None)),
+        bool(getattr(args, "offload", None)), bool(args.save_async and args.save_every),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ import config
 import files
 import fsdp
 import signals
+import staging
 
 MAX_LOG = 2**30  # bytes of metrics.jsonl
 LOST = {"rows": 0}  # of this process: lines of it that could not be written
@@ -137,7 +138,7 @@ def take(args: argparse.Namespace, rank: int, device: torch.device, need: int = 
         lock.flush()
         os.fsync(lock.fileno())
     fsdp.barrier()
-    sees = checkpoint.becomes(lambda: (out / ".lock").is_file() and (out / ".lock").read_text() == token)
+    sees = fsdp.becomes(lambda: (out / ".lock").is_file() and (out / ".lock").read_text() == token)
     if blind := fsdp.ranks_where(not sees, device):
         raise ValueError(f"--out {out}: ranks {blind} do not see what rank 0 writes there; all must share it")
     return lock
@@ -177,23 +178,32 @@ def room(args: argparse.Namespace, need: int) -> str:
 
 
 def save(
-    args: argparse.Namespace,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.AdamW,
-    made: dict[str, Any],
+    args: argparse.Namespace, step: int, model: nn.Module, optimizer: torch.optim.AdamW, made: dict[str, Any],
     extra: dict[str, Any] | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """A checkpoint at a step, all ranks together. One that cannot be written costs nothing but itself: a
     warning, and the next interval tries again; returns why, or an empty string. Weights that are not finite
-    stop the run before they are saved."""
-    rank = fsdp.ranks()[0]
-    with failing(args, rank, step):
+    stop the run before they are saved. With --save-async it is written behind the training: `settle` says
+    why, before the next."""
+    settle(args)
+    with failing(args, fsdp.ranks()[0], step):
         check_weights(model, f"after step {step - 1}")
-    problem = checkpoint.save(args.out, step, model, optimizer, made, args.keep_last, extra)
-    if problem and rank == 0:
-        _warn(f"no checkpoint at step {step}: {problem}; going on")
-    write_status(args, rank, "running", step, f"no checkpoint at step {step}: {problem}" if problem else "")
+    problem = checkpoint.save(args.out, step, model, optimizer, made, args.keep_last, extra, args.save_async)
+    return "" if args.save_async else _told(args, step, problem)
+
+
+def settle(args: argparse.Namespace) -> str:
+    """Wait for the checkpoint that is being written behind the training, if one is. Why it could not be, or
+    an empty string."""
+    step, problem = staging.wait()
+    return "" if step is None else _told(args, step, problem)
+
+
+def _told(args: argparse.Namespace, step: int, problem: str) -> str:
+    said = f"no checkpoint at step {step}: {problem}" if problem else ""
+    if said and fsdp.ranks()[0] == 0:
+        config.warn(f"{said}; going on")
+    write_status(args, fsdp.ranks()[0], "running", step, said)
     return problem
 
 
@@ -212,7 +222,7 @@ def leave_if_told(
         return
     rank, why = fsdp.ranks()[0], signal.Signals(number).name
     fsdp.reshard(model)  # an evaluation has gathered some
-    problem = save(args, step, model, optimizer, made, extra) if step else ""
+    problem = (save(args, step, model, optimizer, made, extra) or settle(args)) if step else ""
     write_status(args, rank, "failed" if problem else "saved", step, f"{why}: {problem}" if problem else why)
     if rank == 0:
         config.tell(f"stopped by {why} at step {step}; --resume auto goes on from there")
@@ -292,7 +302,7 @@ def skips(
     said = f"step {step} skipped, {skipped} of at most {args.skip_non_finite}: {reason}"
     write_status(args, rank, "running", step, said, skipped)
     if rank == 0:
-        _warn(said)
+        config.warn(said)
         numbers |= {"skipped": skipped, "time": time.time()}
         log_row(args.out, {"split": "train", "step": step} | numbers)
     return True
@@ -316,11 +326,6 @@ def _first_not_finite(
     return ""
 
 
-def _warn(text: str) -> None:
-    with contextlib.suppress(OSError):  # stderr may go to the disk that is full
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def log_row(out: str | Path, row: dict[str, Any]) -> None:
     """Append one line to metrics.jsonl; a number that is not finite becomes the string JSON has no number
     for. A line that cannot be written whole is not written at all and costs nothing but itself: the first of
@@ -337,7 +342,7 @@ def log_row(out: str | Path, row: dict[str, Any]) -> None:
             os.truncate(path, before)
         LOST["rows"] += 1
         if LOST["rows"] == 1:
-            _warn(f"{path}: a row is lost: {error.strerror or error}; going on, status.json counts them")
+            config.warn(f"{path}: a row is lost: {error.strerror or error}; going on, status.json counts")
 
 
 def write_row(args: argparse.Namespace, rank: int, total: int, row: dict[str, Any]) -> None:

@@ -207,6 +207,13 @@ def _read(shard: Tensor, place: Place | None, spread: float) -> None:
             local[first - rows.start :].copy_(made[(slice(None), *others)])
 
 
+def read(source: Source, name: str, like: Tensor) -> Tensor:
+    """One parameter of an outline, whole and in fp32, from a source that has its place."""
+    made = torch.empty(like.shape)
+    _read(made, source.places[_plain(name)], spread(source.config))
+    return made
+
+
 def _receive(model: nn.Module, held: dict[str, Tensor], source: Source) -> None:
     """The weights that rank 0 loads whole, each rank its rows of them."""
     sharded = any(isinstance(shard, DTensor) for shard in held.values())

@@ -1,7 +1,7 @@
 """Faults at random moments of tiny trainings: does the same command with --resume auto end bit for bit as if
 nothing had happened?
 
-    python bench/chaos.py [--kills 50] [--seed 0] [--loss sft dpo ra_dpo1 kto ppo] [--ranks 1 2]
+    python bench/chaos.py [--kills 50] [--seed 0] [--loss sft dpo dpo_async ra_dpo1 kto ppo] [--ranks 1 2]
 
 Each training runs undisturbed once, then again with faults (FAULTS), two to five of them, each followed by
 the same command. Compared at its end: every file of final/, every tensor of the last checkpoint (weights,
@@ -45,6 +45,7 @@ torch.set_num_threads(1)
 KINDS = {
     "sft": [],
     "dpo": ["--loss", "dpo"],
+    "dpo_async": ["--loss", "dpo", "--save-async", "true"],
     "ra_dpo1": ["--loss", "ra_dpo1"],
     "kto": ["--loss", "kto"],
     "ppo": ["--loss", "ppo", "--ppo-epochs", "2"],

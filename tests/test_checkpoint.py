@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zlib
 
 import pytest
@@ -27,6 +28,7 @@ import export
 import fsdp
 import metadata
 import model
+import staging
 import vocab
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -142,6 +144,33 @@ def test_round_trip_is_bit_exact(name, tmp_path):
     train(*other)
     assert same(tensors(*other), tensors(*lm))
     assert (other[0].lm.get_input_embeddings().weight is other[0].lm.lm_head.weight) == (name == "llama")
+
+
+def test_a_save_behind_the_training_is_of_the_state_then(fresh, tmp_path, monkeypatch):
+    """The bytes of plain saves, though steps are taken before anything is written; the second in the memory
+    of the first. Until it is written there is nothing."""
+    # red: copied without copy_, or a held tensor that is the parameter's; start without a thread
+    go, real = threading.Event(), checkpoint.dcp.save
+    held = []
+    for step in (1, 2):
+        train(*fresh)
+        checkpoint.save(tmp_path / "plain", step, *fresh, ARGS, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.dcp, "save", lambda *args, **options: go.wait(60) and real(*args, **options))
+            assert checkpoint.save(tmp_path / "behind", step, *fresh, ARGS, 2, behind=True) == ""
+            train(*fresh)
+            torch.rand(4)
+            assert len(checkpoint.complete(tmp_path / "behind")) == step - 1
+            go.set()
+            assert staging.wait() == (step, "") and staging.wait() == (None, "")
+        go.clear()
+        held.append({name: kept.data_ptr() for name, kept in staging.HELD.items()})
+        ours, theirs = (metadata.read(tmp_path / name / f"step-{step}") for name in ("behind", "plain"))
+        assert ours.storage_data == theirs.storage_data
+        files = [tmp_path / name / f"step-{step}" / "__0_0.distcp" for name in ("behind", "plain")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert held[0] == held[1]
+    assert resume(tmp_path / "behind", "auto", fresh) == 2
 
 
 def test_the_step_of_adamw_is_made_where_its_parameter_is():

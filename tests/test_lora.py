@@ -349,8 +349,8 @@ def test_a_checkpoint_is_not_merged_into_another_base(root, dpo, tmp_path, monke
 @pytest.fixture(scope="module")
 def pair(root):
     """Runs on 2 processes, without dropout, and with it whole, or cut after two steps and resumed with blocks
-    recomputed; on 1 process the first again, from the start and from its checkpoint. Rank 3 is 2 rows on one
-    process and 1 on the other. The same of csft, without dropout, whose new tokens have a row on each of two
+    recomputed and checkpoints written behind it; on 1 process the first again, from the start and from its checkpoint.
+    Rank 3 is 2 rows on one process and 1 on the other. The same of csft, without dropout, whose new tokens have a row on each of two
     processes, in the embedding and in the head."""
     stop = "if step == 2:\n            return\n        began = time.perf_counter()"
     cut = ["began = time.perf_counter()", stop]
@@ -360,8 +360,9 @@ def pair(root):
         argv = flags(root, root / name, "--tokens-per-microbatch", 150, *more, steps=4)
         return {"script": "align.py", "argv": argv, "mutation": mutation}
 
-    again = ["--resume", "auto", "--activation-checkpointing", "full"]
-    jobs = [job("two", 0), job("whole", 0.3), job("cut", 0.3, cut), job("cut", 0.3, None, *again)]
+    behind = ["--save-async", "true"]
+    again = ["--resume", "auto", "--activation-checkpointing", "full", *behind]
+    jobs = [job("two", 0), job("whole", 0.3), job("cut", 0.3, cut, *behind), job("cut", 0.3, None, *again)]
 
     def conditional(name, mutation=None, *more):
         more = ["--method", "csft", "--lora-rank", 3, "--dtype", "float32", "--save-every", 2, *more]
@@ -382,7 +383,7 @@ def adapters_of(out):
 
 @pytest.mark.parametrize("names, rows", [(("one", "two"), 0), (("csft-one", "csft"), 2)])
 def test_two_processes_are_one(pair, names, rows):
-    # red: `gathered` with to_local; the seed of the adapters by rank; (1 / number) for (world_size / number);
+    # red: export._whole with to_local; the seed of the adapters by rank; (1 / number) for (world_size / number);
     # added.start that takes the first rows on every rank
     one, two = (torch.load(pair / name / "gradients.pt") for name in names)
     assert len(one) == 4 and sum(".lora_" not in key for key in one[0]) == rows
@@ -400,11 +401,13 @@ def test_two_processes_are_one(pair, names, rows):
 
 
 def test_a_resumed_run_is_the_run_to_the_bit(pair):
-    # red: the random state left out of the checkpoint; a mask that the recomputed block draws anew; fresh rows
+    # red: the random state left out of the checkpoint; a run that does not wait for a save; a mask that the recomputed block draws anew; fresh rows
     # of new tokens written after the checkpoint is read
     for whole, cut in (("whole", "cut"), ("csft", "csft-cut")):
         for name in ("adapter/adapter_model.safetensors", "final/model.safetensors"):
             assert (pair / whole / name).read_bytes() == (pair / cut / name).read_bytes()
+        for file in (f"step-4/__{rank}_0.distcp" for rank in (0, 1)):  # written at once, and behind the training
+            assert (pair / whole / file).read_bytes() == (pair / cut / file).read_bytes()
         assert [row["loss"] for row in rows_of(pair / whole)] == [row["loss"] for row in rows_of(pair / cut)]
     assert rows_of(pair / "whole")[2]["loss"] != rows_of(pair / "two")[2]["loss"]
 

@@ -178,7 +178,8 @@ def test_a_run_that_cannot_fit_is_one_line_and_leaves_nothing(tmp_path, capsys):
 
 
 def test_more_ranks_and_less_kept_take_less(monkeypatch):
-    """red: shards of weights, moments or gradients not divided by the ranks; selective as full"""
+    """red: shards of weights, moments or gradients not divided by the ranks; selective as full; a
+    copy of the weights alone for a checkpoint"""
     found = memory.body(CONFIGS["llama"])
     run = memory.Run(200_000, ranks=4, microbatches=2, reference="live", cuda=True)
     total = lambda **changes: sum(memory.need(found, run._replace(**changes)).values())  # noqa: E731
@@ -187,7 +188,10 @@ def test_more_ranks_and_less_kept_take_less(monkeypatch):
     assert total(checkpointing="none") > total(checkpointing="ops") > total()
     assert total() > total(reference="hidden") > total(reference="none") == total(reference="cached")
     assert total(reference="hidden") >= total(reference="adapters")
-    assert total(drift=True) >= total()
+    assert total(drift=True) >= total() == total(staged=True)
+    on_host = run._replace(cuda=False, ranks=1)
+    copied = memory.need(found, on_host._replace(staged=True))["staging"]
+    assert copied == 3 * memory.need(found, on_host)["weights"] and memory.need(found, on_host)["staging"] == 0
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     how_big = importlib.import_module("how_big")
     monkeypatch.setattr(how_big, "SIZES", {"1B": how_big.SIZES["1B"]})

@@ -52,10 +52,11 @@ MAY_IMPORT = {
     "frozen": {"batch", "fsdp", "model", "objective", "vocab"},
     "references": {"arrays", "batch", "config", "files", "frozen", "fsdp", "loading", "lora", "model", "objective"}
     | {"peft_files", "progress", "vocab"},
-    "checkpoint": {"files", "fsdp", "metadata"},
+    "checkpoint": {"config", "files", "fsdp", "metadata", "staging"},
+    "staging": set(),
     "metadata": set(),
     "config": {"files"},
-    "rundir": {"checkpoint", "config", "files", "fsdp", "signals"},
+    "rundir": {"checkpoint", "config", "files", "fsdp", "signals", "staging"},
     "signals": set(),
     "lora": {"added", "config", "files", "fsdp", "loading", "model", "peft_files", "shards", "vocab"},
     "peft_files": {"added", "files", "model"},

@@ -128,6 +128,8 @@ def runs(base) -> Path:
                 "200",
                 "--resume",
                 "auto",
+                "--save-async",
+                "true",
             ]
             more += ["--eval-data", str(base / "test.jsonl"), "--eval-every", "5"]
             jobs.append({"script": script(kind), "argv": arguments(kind, base, out, *more)})
@@ -296,6 +298,10 @@ def test_five_steps_resume_five_steps_is_ten_steps_bit_for_bit(runs, kind, proce
             for key in ("step", "loss", "grad_norm", "lr", "rewards/margins", "kl/rejected", "risk/rejected"):
                 assert mine.get(key) == theirs.get(key), (mine["step"], key)
     assert [row["step"] for row in rows(resumed)] == list(range(10))
+    saved = [sorted((run / "step-10").glob("*.distcp")) for run in (whole, resumed)]
+    assert len(saved[0]) == len(saved[1]) == processes
+    for written, behind in zip(*saved):  # at once, and behind the training
+        assert written.read_bytes() == behind.read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
