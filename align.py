@@ -289,8 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.chat_template = template.text or tokenizer.chat_template  # what was trained with goes along
     model.stop_at(policy, generation.trained_stops(train, template))
     model.checkpoint_activations(policy, args.activation_checkpointing)
-    if args.compile:
-        model.compile_blocks(policy, reference)
+    model.compile_blocks(args.compile, policy, reference)
     with config.user_errors():
         place = functools.partial(model.place, dtype=dtype, device=device, replicate=args.replicate)
         place(policy)

@@ -153,9 +153,7 @@ def body(
     return Body(blocks, root, shape, head.requires_grad, inputs, saved, products, widest, work, seen)
 
 
-def _recorded(
-    lm: nn.Module, units: Sequence[nn.Module]
-) -> tuple[list[float], list[float], list[float], float]:
+def _recorded(lm: nn.Module, units: Sequence[nn.Module]) -> tuple[list, list, list, float]:
     """One pass over PROBE tokens: what goes into each block, what autograd saves of it, each storage once and
     weights not at all, and what its products put out; the largest that is saved. All a token."""
     inputs, saved, products, sizes = [], [0], [0], []

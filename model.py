@@ -297,12 +297,14 @@ def keep_products(context: Any, operation: Any, *args: Any, **named: Any) -> Che
     return CheckpointPolicy.MUST_SAVE if operation.name() in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(*models: Any) -> None:
-    """Let torch.compile fuse what a block does between its matrix products, for rows of any length; packed
-    attention stays as it is, a break in the middle. Blocks of a class share what is compiled, within what
-    activation checkpointing runs again and FSDP gathers around. In place, of what is a LanguageModel."""
-    AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))
-    whole = [model for model in models if isinstance(model, LanguageModel)]
+def compile_blocks(wanted: bool, *models: Any) -> None:
+    """If `wanted`, let torch.compile fuse what a block does between its matrix products, for rows of any
+    length; packed attention stays as it is, a break in the middle. Blocks of a class share what is compiled,
+    within what activation checkpointing runs again and FSDP gathers around. In place, of what is a
+    LanguageModel."""
+    if wanted:
+        AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))
+    whole = [model for model in models if wanted and isinstance(model, LanguageModel)]
     for block in itertools.chain(*(model.blocks for model in whole)):
         block.forward = functools.partial(_compiled_forward, block, _compiled(type(block)))
 

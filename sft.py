@@ -192,8 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.method == "csft":
         tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + chat.ASK_FOR_GOOD
     model.checkpoint_activations(policy, args.activation_checkpointing)
-    if args.compile:
-        model.compile_blocks(policy)
+    model.compile_blocks(args.compile, policy)
     with config.user_errors():
         model.place(policy, dtype, device, replicate=args.replicate)
     optimizer = torch.optim.AdamW(
