@@ -1,6 +1,6 @@
 """Align a language model from preferences with any loss of losses.py.
 
-    python align.py configs/hh_smollm2_dpo.toml --beta 0.2
+    python align.py configs/hh_smollm2.toml --beta 0.2
     torchrun --nproc-per-node 2 align.py --model runs/sft/final --data hh --loss ra_dpo1 --out runs/ra
 
 The signature of the loss says everything: pairs or single responses, reference or none, which heads. One
@@ -37,6 +37,7 @@ import lora
 import losses
 import memory
 import model
+import precision
 import preflight
 import progress
 import ranking
@@ -85,7 +86,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--humanline", type=config.boolean, default=False, help="clamp the log-ratio of each token")
     add("--sync-reference-every", type=config.count_or_zero, default=0, help="steps; 0: the reference stays")
     add("--offload", choices=("reference",), default=None, help="its weights rest on the CPU")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
+    how = "of the body, masters are fp32; None: bfloat16, on a CPU without products of it float32"
+    add("--dtype", choices=("bfloat16", "float32"), default=None, help=how)
     how = "what is recomputed; None: full, on CUDA as little as there is room for"
     add("--activation-checkpointing", choices=fit.WAYS, default=None, help=how)
     add("--compile", type=config.boolean, default=False, help="what blocks do between products, for GPUs")
@@ -101,6 +103,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
     args = config.parse(made, argv)
     resolve(args)
+    args.dtype = args.dtype or precision.usual(args.device if args.memory is None else "cuda")
     lora.resolve(args)
     references.resolve(args)
     return args

@@ -30,6 +30,7 @@ import loading
 import lora
 import model
 import packing
+import precision
 import rundir
 import trackers
 from arrays import Store
@@ -40,11 +41,13 @@ def begin(args: argparse.Namespace) -> None:
     rundir.check_run(args)
     with config.user_errors():
         trackers.check(args.log_to)
-        device = args.device
+        device, speaks = args.device, int(os.environ.get("RANK", 0)) == 0
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            if device == "cpu" and int(os.environ.get("RANK", 0)) == 0:
-                config.tell("--device auto: no CUDA device is visible, so on the CPU")
+            if device == "cpu" and speaks:
+                config.tell(f"--device auto: no CUDA device is visible, so on the CPU, in {args.dtype}")
+        if speaks and args.dtype == "bfloat16" != precision.usual(device):
+            config.warn("--dtype bfloat16: this CPU has no products of it, float32 is many times faster")
         for path in _models(args):
             loading.check(path, args.weights if args.plan is None else "random")  # a plan reads none
             if device == "cuda":

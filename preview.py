@@ -1,7 +1,7 @@
 """The data as it will be trained, in the terminal and as a page, before anything is trained.
 
     python preview.py --model M --data D [--loss L] [--html out.html] [... any flag of align.py or sft.py]
-    python preview.py configs/hh_smollm2_dpo.toml
+    python preview.py configs/hh_smollm2.toml
 
 The flags are read, and the rows loaded, by the very functions of the script that will train: sft.py where it
 knows every flag that is given, else align.py (a --loss decides, for sft.py has none). Shown are what became

@@ -36,6 +36,7 @@ import fsdp
 import generation
 import loading
 import parts
+import precision
 import progress
 from formats import Example, Fault
 
@@ -61,7 +62,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--top-k", type=config.count_or_zero, default=0, help="tokens; 0: all")
     add("--seed", type=config.count_or_zero, default=0)
     add("--chat-template", default=None, help="plain, none, a name or a file; None: the tokenizer's")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    how = "None: bfloat16, on a CPU without products of it float32"
+    add("--dtype", choices=("bfloat16", "float32"), default=None, help=how)
     add("--engine", choices=("transformers", "vllm"), default="transformers")
     add("--batch-size", type=config.count, default=32, help="answers at a time")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -69,6 +71,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--trust-remote-code", type=config.boolean, default=False, metavar="true|false")
     # fmt: on
     args = config.parse(made, argv)
+    args.dtype = args.dtype or precision.usual(args.device)
     if args.top_p > 1:
         config.fail(f"--top-p must be <= 1, got {args.top_p:g}")
     for source in args.data:

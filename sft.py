@@ -37,6 +37,7 @@ import lora
 import losses
 import memory
 import model
+import precision
 import preflight
 import progress
 import ranking
@@ -70,7 +71,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--adam-eps", type=config.positive, default=1e-8)
     add("--skip-non-finite", type=config.count_or_zero, default=0, help="steps left out before one stops")
     add("--max-grad-norm", type=config.positive, default=1.0, help="of the mean loss over trained tokens")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the body; masters are fp32")
+    how = "of the body, masters are fp32; None: bfloat16, on a CPU without products of it float32"
+    add("--dtype", choices=("bfloat16", "float32"), default=None, help=how)
     how = "what is recomputed; None: full, on CUDA as little as there is room for"
     add("--activation-checkpointing", choices=fit.WAYS, default=None, help=how)
     add("--compile", type=config.boolean, default=False, help="what blocks do between products, for GPUs")
@@ -83,6 +85,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     memory.add_flags(made)
     config.add_run_flags(made)
     args = config.parse(made, argv)
+    args.dtype = args.dtype or precision.usual(args.device if args.memory is None else "cuda")
     lora.resolve(args)
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
     if args.max_prompt_length >= args.max_length:

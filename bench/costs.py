@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         command += [str(args.processes), __file__]
-        given = ["configs/hh_smollm2_dpo.toml", "--model", args.model, "--out", f"{folder}/run"]
+        given = ["configs/hh_smollm2.toml", "--model", args.model, "--out", f"{folder}/run"]
         given += ["--steps", str(args.steps), "--save-every", str(args.steps // 2), "--eval-every", "0"]
         subprocess.run([*command, *given, "--batch-size", "8"], check=True, cwd=ROOT)
         found = json.loads(Path(folder, "run", "costs.json").read_text())

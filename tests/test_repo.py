@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "loading": {"files"},
     "memory": {"config", "fsdp", "loading", "lora", "model", "vocab"},
     "preflight": {"arrays", "attention", "batch", "config", "fsdp", "loading", "lora", "model", "packing"}
-    | {"rundir", "trackers"},
+    | {"precision", "rundir", "trackers"},
     "added": {"fsdp"},
     "fit": {"checkpoint", "fsdp", "memory"},
     "model": {"added", "attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
@@ -64,7 +64,8 @@ MAY_IMPORT = {
     "parts": {"config", "files"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
-    "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "loading", "parts", "progress"},
+    "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "loading", "parts", "precision"}
+    | {"progress"},
     "scoring": {"chat", "config", "data", "encode", "formats", "loading", "values"},
     "trackers": set(),
 }

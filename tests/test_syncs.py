@@ -24,6 +24,7 @@ import encode
 import fsdp
 import model
 import objective
+import precision
 import risk
 import sft
 from frozen import freeze, hidden_states
@@ -253,10 +254,24 @@ def test_a_model_that_no_kernel_computes_and_a_missing_device_are_said_at_once(b
     with pytest.raises(SystemExit):
         script.main(argv)
     said = capsys.readouterr()
-    assert said.out == "--device auto: no CUDA device is visible, so on the CPU\n" * (not CUDA)
+    dtype = precision.usual("cpu")
+    assert said.out == f"--device auto: no CUDA device is visible, so on the CPU, in {dtype}\n" * (not CUDA)
     monkeypatch.setattr(attention, "KERNEL_WIDTH", 4)
     with pytest.raises(SystemExit):
         script.main([*argv, "--device", "cuda"])
     said = capsys.readouterr()
     what = "heads of 8 numbers, and CUDA's kernels take 4; --dtype float32 takes any, slowly"
     assert said.err == f"error: {base}: {what}\n"
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_without_bf16_products_computes_in_fp32(monkeypatch, capfd, has):
+    """Unless a flag says otherwise, which is warned of. red: `usual` without the question; "cuda" asked of it"""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    wanted = "bfloat16" if has else "float32"
+    argv = ["--model", "m", "--data", "d", "--out", "o", "--device"]
+    assert [script.parse_args([*argv, "cpu"]).dtype for script in (align, sft)] == [wanted] * 2
+    assert [script.parse_args([*argv, "cuda"]).dtype for script in (align, sft)] == ["bfloat16"] * 2
+    with pytest.raises(SystemExit):
+        align.main([*argv, "cpu", "--dtype", "bfloat16"])
+    assert ("warning: --dtype bfloat16" in capfd.readouterr().err) == (not has)
