@@ -2,6 +2,7 @@
 
 A comment `red:` names a one-line change of model.py that turns a test red.
 """
+import functools
 import types
 
 import pytest
@@ -346,3 +347,41 @@ def test_recomputed_activations_change_no_gradient(tmp_path, name):
     assert all(map(torch.equal, gradients[-1], gradients[0]))  # the very operations, or what they gave
     none, selective, full = saved[:3]
     assert full < none / 2 and full + 0.4 * (none - full) < selective < full + 0.6 * (none - full)
+
+
+@pytest.mark.parametrize("which", ["none", "full"])
+def test_compiled_blocks_change_no_gradient_and_know_every_pack(tmp_path, monkeypatch, which):
+    """Through torch's tracer, whose graphs are run as they are; packs of other groups and lengths, two blocks: what
+    the first has compiled serves all. red: blocks given the bare Layout; attention not left out"""
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def traced(function, dynamic, options):
+        assert dynamic and options["emulate_precision_casts"]
+        return compiler(function, dynamic=True, backend=counted)
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(model, "_compiled", functools.cache(model._compiled.__wrapped__))
+    path, found, numbers = save(tmp_path), [], []
+    for compiled in (False, True):
+        loaded = load(path)
+        model.checkpoint_activations(loaded, which)
+        model.compile_blocks(compiled, loaded)
+        for groups in (GROUP, [(2, [3]), (7, [1, 2, 6])], [(3, [2, 2])] * 4):
+            lengths = [(start, n) for start, own in groups for n in own]
+            places = [range(p + n) if k == 0 else range(p, p + n) for p, own in groups for k, n in enumerate(own)]
+            positions = torch.tensor([[place for part in places for place in part]])
+            assert positions.shape[1] == sum(p for p, _ in groups) + sum(n for _, n in lengths)
+            ids = torch.arange(positions.shape[1])[None] % 90 + 3
+            states = loaded(ids, positions, attention.layout(groups), torch.arange(ids.shape[1]))
+            states.square().sum().backward()
+            numbers.append(len(graphs))
+        found.append([p.grad for p in loaded.parameters() if p.grad is not None])
+    torch._dynamo.reset()
+    attention.AttentionInterface.register(attention.NAME, attention.attend)
+    assert all(map(torch.equal, *found))
+    assert numbers[:3] == [0, 0, 0] and numbers[3] == numbers[5] > 0
