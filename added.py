@@ -72,7 +72,10 @@ def _embed(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     places = inputs[0] - module.first  # (1, T)
     count = len(module.added)
     found = nn.functional.embedding(places.clamp(0, count - 1), module.added)  # (1, T, D)
-    found = (found * getattr(module, "embed_scale", 1.0)).to(output.dtype)
+    scale = getattr(module, "embed_scale", None)
+    if scale is not None:  # rounded as the module rounds it
+        found = found * scale.to(module.weight.dtype)
+    found = found.to(output.dtype)
     return torch.where(((places >= 0) & (places < count))[..., None], found, output)
 
 

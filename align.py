@@ -37,7 +37,6 @@ import lora
 import losses
 import memory
 import model
-import precision
 import preflight
 import progress
 import ranking
@@ -103,7 +102,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
     args = config.parse(made, argv)
     resolve(args)
-    args.dtype = args.dtype or precision.usual(args.device if args.memory is None else "cuda")
+    args.dtype = args.dtype or fit.dtype(args)
+    if args.compile and args.activation_checkpointing == "ops":
+        config.fail("--activation-checkpointing ops knows no compiled products", right="--compile false")
     lora.resolve(args)
     references.resolve(args)
     return args
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fit.settle(args, train.lengths, device, world_size, objective)
         if args.check:
             return preflight.report(args, tokenizer, train, evaluated, units, device, say, objective)
-        preflight.agree(train, evaluated)
+        preflight.agree(train, evaluated, dtype=args.dtype)
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32
@@ -406,10 +407,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if total > 0:
         if args.save_every:
             rundir.save(args, total, policy, optimizer, made, extra)
+        rundir.settle(args)
         with rundir.failing(args, rank, total):
             export.export(policy, tokenizer, f"{args.out}/final", final_dtype, args.trust_remote_code)
         say(f"wrote {args.out}/final")
-    rundir.settle(args)
     rundir.write_status(args, rank, "done", total)
     fsdp.finish()
 

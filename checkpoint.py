@@ -236,7 +236,8 @@ def _compare(path: Path, made: dict[str, Any], now: dict[str, Any], free: Sequen
     """Raises ValueError unless a checkpoint was made with the flags, data and models of this run."""
     digested = {key for key in DIGESTS if f"{key}_digest" in made and f"{key}_digest" in now}
     skipped = {*free, *digested, *(f"{key}_digest" for key in DIGESTS)}
-    both = {key: (made.get(key), now.get(key)) for key in sorted((set(made) | set(now)) - skipped)}
+    new = {key for key in now if key not in made and not now[key]}  # flags of a later version, not in use
+    both = {key: (made.get(key), now.get(key)) for key in sorted((set(made) | set(now)) - skipped - new)}
     changed = [key for key, (then, wanted) in both.items() if then != wanted]
     # first what both have: another --loss says more than the parameters that one of the two has not
     for key in sorted(changed, key=lambda key: None in both[key]):

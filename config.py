@@ -314,18 +314,24 @@ def _by_value(made: argparse.ArgumentParser, path: Path, values: dict, typed: li
     """Values with each table named after a flag of choices replaced by its keys for the choice that is typed,
     or the default; they win over those beside the table."""
     flags = {action.dest: action for action in made._actions if action.choices}
-    tables = {key: value for key, value in values.items() if key in flags and isinstance(value, dict)}
+    tables = {key: value for key, value in values.items() if isinstance(value, dict) and _dest(key) in flags}
     found = {key: value for key, value in values.items() if key not in tables}
     for key, table in tables.items():
-        flag = f"--{key.replace('_', '-')}"
+        flag, action = f"--{key.replace('_', '-')}", flags[_dest(key)]
         for name, entry in table.items():
-            if name not in flags[key].choices or not isinstance(entry, dict):
+            if name not in action.choices or not isinstance(entry, dict) or action.dest in map(_dest, entry):
                 fail(f"{path}: [{key}] {name}", f"must be a value of {flag} and its own keys")
         peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         peek.error = made.error
-        peek.add_argument(flag, default=flags[key].default)
-        found |= table.get(getattr(peek.parse_known_args(typed)[0], key), {})
+        peek.add_argument(flag, default=found.get(action.dest, action.default))
+        entry = table.get(getattr(peek.parse_known_args(typed)[0], action.dest), {})
+        own = set(map(_dest, entry))
+        found = {name: value for name, value in found.items() if _dest(name) not in own} | entry
     return found
+
+
+def _dest(key: str) -> str:
+    return key.replace("-", "_")
 
 
 def _tokens(made: argparse.ArgumentParser, path: Path, typed: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -154,8 +154,10 @@ def _write(
         skeleton = kind.from_config(settings, dtype=dtype, attn_implementation="eager")
     if kind is AutoModelForCausalLM:
         skeleton.generation_config = lm.generation_config
+    kept = {name: dtype if value.is_floating_point() else value.dtype for name, value in state.items()}
+    kept |= {f"lm.{name}": buffer.dtype for name, buffer in skeleton.named_buffers()}  # some stay in fp32
     body = {
-        name.removeprefix("lm."): torch.empty_like(value, dtype=_kept(value, dtype), device="meta")
+        name.removeprefix("lm."): torch.empty_like(value, dtype=kept[name], device="meta")
         for name, value in state.items()
         if name.startswith("lm.")
     }
@@ -163,10 +165,6 @@ def _write(
     with _replacing(out) as beside:
         skeleton.save_pretrained(beside, state_dict={})  # all but the weights
         _save_along(_write_weights(skeleton, named, wholes, out, beside), tokenizer, beside)
-
-
-def _kept(value: Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if value.is_floating_point() else value.dtype
 
 
 def _write_weights(
@@ -214,7 +212,9 @@ def _lay_out(skeleton: nn.Module, stored: dict[str, Tensor], beside: Path) -> di
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name in sorted(names, key=lambda name: (-stored[name].itemsize, name)):  # as safetensors does
             begin, end = end, end + stored[name].nbytes
-            kind, shape = NAMES[stored[name].dtype], list(stored[name].shape)
+            kind, shape = NAMES.get(stored[name].dtype), list(stored[name].shape)
+            if kind is None:
+                raise ValueError(f"{name} is {stored[name].dtype}, which is not written here")
             header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -284,6 +284,8 @@ def _replacing(out: str | Path) -> Iterator[Path]:
         yield beside
         for path in beside.iterdir():  # safetensors lets nobody else read
             path.chmod((beside / MARK).stat().st_mode)
+            with open(path, "rb") as file:  # a header, laid out first, must not outlive its numbers
+                os.fsync(file.fileno())
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             os.replace(out, old)
@@ -312,16 +314,17 @@ def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> di
     head = {id(parameter) for parameter in lm.get_output_embeddings().parameters()}
     headless = not hasattr(skeleton, "lm_head") and hasattr(lm, "score")
     dropped = {name for name, p in lm.named_parameters(remove_duplicate=False) if id(p) in head and headless}
+    stored = skeleton.state_dict()
     wanted = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    wanted |= {name: buffer.shape for name, buffer in skeleton.named_buffers() if name in stored}
     shapes = {name: value.shape for name, value in state.items()}
     unfilled = sorted(name for name, shape in wanted.items() if shapes.get(name) != shape)
-    unplaced = sorted(set(state) - set(skeleton.state_dict()) - dropped)
+    unplaced = sorted(set(state) - set(stored) - dropped)
     if unfilled or unplaced:
         said = [f"{len(unfilled)} parameters without their tensor (first: {unfilled[0]})"] if unfilled else []
         said += [f"{len(unplaced)} tensors without a parameter (first: {unplaced[0]})"] if unplaced else []
         raise ValueError(f"{type(lm).__name__} cannot be exported: {', '.join(said)}")
-    kept = {*wanted, *(name for name, _ in skeleton.named_buffers())}
-    return {name: state[name] for name in skeleton.state_dict() if name in kept and name in state}
+    return {name: state[name] for name in stored if name in wanted}
 
 
 def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = False) -> None:
@@ -340,16 +343,18 @@ def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = Fals
         _write_adapters(adapters, state, tokenizer, out.with_name(f"{out.name}-adapter"))
         lm, state, wholes = lora.merged(adapters, state, trust)
     else:
-        wholes = state.items()
         settings = loading.settings(source, trust)
         with loading.one_line(str(path)):
             lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=trust)
             _as_saved(lm, state)
+            state |= _buffers(lm, source)
     with loading.one_line(str(path)):
         for place in (source, kept):  # the run's own, if there, knows where training ended turns
             with contextlib.suppress(OSError):
                 lm.generation_config = GenerationConfig.from_pretrained(place)
         _give_score(lm, state, tokenizer)
+    if "adapter" not in made:
+        wholes = state.items()
     chosen = dtype or made.get("final_dtype")
     _write(lm, state, wholes, tokenizer, out, _dtype(chosen if chosen in DTYPES else None, source, trust))
 
@@ -364,6 +369,17 @@ def _as_saved(lm: nn.Module, state: dict[str, Tensor]) -> None:
     head = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
     if f"lm.{head}.weight" in state:
         settings.tie_word_embeddings = settings.get_text_config().tie_word_embeddings = False
+
+
+def _buffers(lm: nn.Module, source: str) -> dict[str, Tensor]:
+    """What a model stores beside its parameters, which no checkpoint holds, for nothing trains it: as the one
+    has it that the run began with."""
+    trained = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
+    wanted, found = set(lm.state_dict()) - trained, {}
+    for path in loading.weight_files(source) if wanted else []:
+        with safe_open(path, "pt") as file:
+            found |= {f"lm.{name}": file.get_tensor(name) for name in wanted & set(file.keys())}
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What the device decides of a run where no flag does: how many tokens a micro-batch has, and what is
 recomputed in the backward pass. Neither changes what is trained beyond the order of sums.
 
+    dtype     what it computes in
     settle    put both into the flags of a run, the same on all ranks
     report    --plan, with what would be chosen
     choose    the choice, by memory.py's count
@@ -16,16 +17,20 @@ in another order are not the same to the bit.
 import argparse
 import contextlib
 import os
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
 
 import checkpoint
+import files
 import fsdp
 import memory
+import precision
 
 TOKENS, MOST = 4096, 65_536  # of a micro-batch
 ENOUGH = 8192
+DTYPES = ("bfloat16", "float32")
 WAYS = ("none", "ops", "selective", "full")  # --activation-checkpointing
 # What is chosen from, the cheapest in time first. "ops" keeps as much as "selective", and Python sees each of
 # its operations, 5 ms a block on an H200: more than what it saves in models of 1B and less.
@@ -35,6 +40,16 @@ ORDER = ("none", "selective", "full")
 class Choice(NamedTuple):
     tokens: int  # --tokens-per-microbatch
     way: str  # --activation-checkpointing
+
+
+def dtype(args: argparse.Namespace) -> str:
+    """--dtype where no flag says it: of a run that goes on, or is there, its own; else what the device
+    multiplies, and of a plan what GPUs do."""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        before = files.read_json(Path(args.out) / "args.json").get("dtype") if args.resume else None
+        if before in DTYPES:
+            return before
+    return precision.usual("cuda" if args.plan is not None else args.device)
 
 
 def settle(

@@ -16,7 +16,8 @@ def usual(device: str) -> str:
     """The --dtype of a run that names none: bfloat16 where `device` multiplies it. A CPU without AVX-512 does
     so in a plain loop (AVX2: 0.9 GFLOP/s, 61 in fp32)."""
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return "bfloat16" if cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if cuda or cpu else "float32"
 
 
 @contextlib.contextmanager

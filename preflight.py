@@ -46,7 +46,7 @@ def begin(args: argparse.Namespace) -> None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             if device == "cpu" and speaks:
                 config.tell(f"--device auto: no CUDA device is visible, so on the CPU, in {args.dtype}")
-        if speaks and args.dtype == "bfloat16" != precision.usual(device):
+        if speaks and args.plan is None and args.dtype == "bfloat16" != precision.usual(device):
             config.warn("--dtype bfloat16: this CPU has no products of it, float32 is many times faster")
         for path in _models(args):
             loading.check(path, args.weights if args.plan is None else "random")  # a plan reads none
@@ -62,8 +62,9 @@ def _models(args: argparse.Namespace) -> list[str]:
     return [path for path in dict.fromkeys((args.model, args.reference if apart else None)) if path]
 
 
-def agree(*stores: Any) -> None:
-    """Compare what each rank runs, by one gather: Python, libraries, our code, the encoded rows, its devices.
+def agree(*stores: Any, dtype: str = "") -> None:
+    """Compare what each rank runs, by one gather: Python, libraries, our code, the encoded rows, its devices,
+    the dtype it computes in, which a CPU may have decided.
     Raises ValueError, on all ranks, with the hosts and their values where they differ: such ranks would hang,
     or train something else than one of them alone."""
     ours = sorted(Path(__file__).parent.glob("*.py"))
@@ -73,6 +74,7 @@ def agree(*stores: Any) -> None:
     told["code"] = hashlib.sha256(b"".join(path.read_bytes() for path in ours)).hexdigest()[:12]
     told["rows"] = " ".join(store.digest[:12] for store in stores if isinstance(store, Store))
     told["devices"] = ", ".join(f"{count} {name}" for name, count in Counter(cards).items()) or "CPU"
+    told["dtype"] = dtype
     said = [json.loads(text) for text in fsdp.gathered(json.dumps([socket.gethostname(), told]))]
     for key in told:
         found = {}  # value -> host -> ranks

@@ -151,6 +151,8 @@ def begin(
     a checkpoint needs. Stops the run if the weights are not finite, or not one checkpoint fits where there
     shall be some."""
     skipped, LOST["rows"] = 0, 0
+    if args.save_async:
+        fsdp.side_group()  # where ranks cannot meet in it, that shows now
     with config.user_errors():
         check_weights(model, f"step-{start}")
         if rank == 0:
@@ -243,6 +245,7 @@ def failing(args: argparse.Namespace, rank: int, step: int) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         said = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        settle(args)  # before the run's lock goes with its frame
         write_status(args, rank, "failed", step, said)
         config.fail(said)
 
@@ -296,6 +299,7 @@ def skips(
     # AdamW counts its updates, so a run that was resumed knows too
     skipped = step + 1 - max((int(state["step"]) for state in optimizer.state.values()), default=0)
     if skipped > args.skip_non_finite:
+        settle(args)
         write_status(args, rank, "failed", step, reason)
         config.fail(f"step {step}", reason, "weights left as they were")
     optimizer.zero_grad()

@@ -36,6 +36,10 @@ from statistics import fmean, median
 from typing import Any, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import precision  # noqa: E402
+
 CONFIG = ROOT / "configs" / "hh_smollm2.toml"
 SFT_CONFIG = ROOT / "configs" / "hh_smollm2_sft.toml"
 STARTS = tomllib.loads(CONFIG.read_text(encoding="utf-8"))["loss"] | {"sft": {}, "csft": {}}
@@ -153,7 +157,7 @@ def _written(value: Any) -> Any:
 def settings(args: argparse.Namespace) -> Row:
     """What rows of one table have in common."""
     shared = {"model": Path(args.model).name, "steps": args.steps, "eval_examples": args.eval_examples}
-    return shared | {"flags": " ".join(args.flags)}
+    return shared | {"flags": " ".join(args.flags), "dtype": precision.usual(args.device)}  # unless those say it
 
 
 def read(path: Path, told: Row) -> dict[str, Row]:

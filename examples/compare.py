@@ -66,7 +66,8 @@ OTHER_BETAS = (0.03, 0.3, 1.0)
 RATES = (5e-6, 1e-5, 2e-5)
 DEV = 8  # one prompt of so many
 PAIRS = 8  # of a step
-LENGTHS = "--max-length 256 --max-prompt-length 128 --activation-checkpointing none --tokens-per-microbatch 4096"
+LENGTHS = "--max-length 256 --max-prompt-length 128"
+TRAINED = f"{LENGTHS} --dtype bfloat16 --activation-checkpointing none --tokens-per-microbatch 4096"
 MEASURE = "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1 --steps 0 --dtype float32"
 LOGGED = {  # of align.py -> of a row
     "rewards/accuracies": "accuracy",
@@ -136,7 +137,7 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     how = f"{METHODS[method]} --beta {beta:g} --lr {rate:g} --steps {steps}"
     how += f" --warmup-steps {max(1, steps // 10)} --batch-size {batch}"
     saved = 50 if args.jobs == 1 else 0  # runs at a time are short ones, and would fill a disk
-    how += f" --seed {seed} {LENGTHS} --save-every {saved} --log-every 10"
+    how += f" --seed {seed} {TRAINED} --save-every {saved} --log-every 10"
     script(align.main, how, out / "run", model=start, data=args.out / "train.jsonl", cache_reference=cache)
     paths = {"model": out / "run" / "final", "reference": start, "cache_reference": cache}
     paths |= {"data": args.out / "dev.jsonl", "eval_data": rows[judged]}
@@ -159,9 +160,9 @@ def fill(args: argparse.Namespace) -> None:
     files = {"data": args.out / "train.jsonl"}, {"data": args.out / "dev.jsonl"}
     for judged in ("dev.jsonl", ROOT / "examples" / "hh_test.jsonl"):
         files += ({"data": args.out / "dev.jsonl", "eval_data": args.out / judged},)
-    hows = [METHODS[name] for name in {"dpo", "kto", "tdpo2"} & set(args.methods)]
-    for how, paths in [*((how, files[0]) for how in hows), *((MEASURE, paths) for paths in files[2:])]:
-        how += f" --cache-reference-only true --eval-examples {args.eval_pairs} {LENGTHS}"
+    hows = [f"{METHODS[name]} {TRAINED}" for name in {"dpo", "kto", "tdpo2"} & set(args.methods)]
+    for how, paths in [*((how, files[0]) for how in hows), *((f"{MEASURE} {LENGTHS}", paths) for paths in files[2:])]:
+        how += f" --cache-reference-only true --eval-examples {args.eval_pairs}"
         flags = [*how.split(), "--out", str(args.out / "filled")]
         for name, path in (paths | {"model": args.out / "sft" / "final"}).items():
             flags += [f"--{name.replace('_', '-')}", str(path)]
@@ -177,9 +178,12 @@ def runs(
             run(key, rate, steps, judged, args)
         return
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        waited = [pool.submit(run, key, rate, steps, judged, args) for key, rate in wanted]
-        for one in waited:
-            one.result()
+        waited = [pool.submit(run, key, rate, steps, judged, args) for key, rate in dict.fromkeys(wanted)]
+        try:
+            for one in waited:
+                one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def chosen_rates(args: argparse.Namespace) -> dict[str, float]:
@@ -245,15 +249,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config.user_errors():
         args.results.parent.mkdir(parents=True, exist_ok=True)
         split(ROOT / "examples" / "hh_train.jsonl", args.out, args.rows)
-        how = f"--steps {args.sft_steps} --batch-size {PAIRS} --lr 1e-5 --warmup-steps 20 {LENGTHS}"
+        how = f"--steps {args.sft_steps} --batch-size {PAIRS} --lr 1e-5 --warmup-steps 20 {TRAINED}"
         if not (args.out / "sft" / "final").is_dir():
             script(sft.main, how, args.out / "sft", model=args.model, data=args.out / "train.jsonl")
         if args.jobs > 1:
             fill(args)
         rates = chosen_rates(args)
         runs([(key, rates[key[0]]) for key in plan(args)], args.steps, "test", args)
-        rows = frontier.read(args.results, settings(args, args.steps, "test")).values()
-        rows = [row for row in rows if row["lr"] == rates.get(row["method"])]
+        told = settings(args, args.steps, "test")
+        found = {rate: frontier.read(args.results, told | {"lr": rate}) for rate in set(rates.values())}
+        rows = [row for rate in found for row in found[rate].values() if rates.get(row["method"]) == rate]
         said = frontier.table(rows, COLUMNS)
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)

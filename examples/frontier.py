@@ -10,6 +10,7 @@ Used by controlled.py, whose docstring says what the numbers of the figure are, 
 
 import json
 import math
+import multiprocessing
 import os
 from pathlib import Path
 from statistics import fmean, stdev
@@ -56,11 +57,17 @@ LINES = {  # Okabe and Ito, by family; the line says which of it
 
 def add(path: Path, row: Row) -> None:
     """A line at the end of the results, on the disk before the next run."""
-    rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()}
+    rounded = _rounded(row)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(rounded) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Six digits of a number; the learning rate and beta, by which runs are told apart, as they are."""
+    apart = ("lr", "beta")
+    return {k: float(f"{v:.6g}") if isinstance(v, float) and k not in apart else v for k, v in row.items()}
 
 
 def read(path: Path, settings: dict[str, int]) -> dict[tuple, Row]:
@@ -71,7 +78,7 @@ def read(path: Path, settings: dict[str, int]) -> dict[tuple, Row]:
     found = {}
     written = path.read_bytes() if path.exists() else b""
     whole = written[: written.rfind(b"\n") + 1]
-    if len(whole) < len(written):
+    if len(whole) < len(written) and multiprocessing.parent_process() is None:  # another may be at it
         os.truncate(path, len(whole))
     for number, line in enumerate(whole.decode().splitlines(), 1):
         try:

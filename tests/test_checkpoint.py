@@ -199,6 +199,13 @@ def test_kill_during_a_save(moment, run, fresh, monkeypatch):
     assert names(run / "step-3") == [".metadata", "__0_0.distcp", "trainer.json"]
 
 
+def test_a_checkpoint_of_before_a_flag_goes_on_where_that_is_not_used(run, fresh):
+    # red: no `new` in _compare; `not now[key]` left out
+    assert resume(run, "auto", fresh, compile=False) == 2
+    with pytest.raises(ValueError, match="made with --compile None, this run has --compile True"):
+        resume(run, "auto", fresh, compile=True)
+
+
 def test_foreign_names_are_ignored(run, fresh, capfd):
     # red: re.match for re.fullmatch; either exists() gone.
     for name in ("step-x", "step-10.bak", "old-step-11", ".tmp-step-12"):

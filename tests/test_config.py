@@ -418,6 +418,7 @@ CONFIGS = {
     "infinite": ("a.toml", b"lr = inf\n", "--lr: must be a finite number, got inf"),
     "no such loss": ("a.toml", b"[loss]\ndpoo = {lr = 1}\n", "a.toml: [loss] dpoo: must be a value of --loss"),
     "loss alone": ("a.toml", b"[loss]\ndpo = 1\n", "a.toml: [loss] dpo: must be a value of --loss and its"),
+    "a loss of a loss": ("a.toml", b"[loss]\ndpo = {loss = 'kto'}\n", "a.toml: [loss] dpo: must be a value of --loss"),
     "key of a loss": ("a.toml", b"[loss]\ndpo = {lrr = 1}\n", 'a.toml:2: unknown key "lrr"'),
     "table": ("a.toml", b"[model]\na = {lr = 1}\n", 'a.toml:1: "model" must be a string, a number'),
     "not TOML": ("a.toml", b"lr = \n", "a.toml: not TOML: ", "line 1"),

@@ -171,7 +171,7 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     small = {"hidden_size": 48, "intermediate_size": 32, "head_dim": 8, "num_hidden_layers": 1}
     settings = AutoConfig.from_pretrained(start, **small)
     AutoModelForCausalLM.from_config(settings).save_pretrained(start)
-    command = "--methods dpo --seeds 0 --betas --rates 2e-6 1e-2 --steps 2 --sft-steps 1 "
+    command = "--methods dpo --seeds 0 --betas --rates 2.1234567e-6 1e-2 --steps 2 --sft-steps 1 "
     command += "--rows 24 --eval-pairs 8 "
     command += f"--model {start} --out {tmp_path / 'out'} --results {tmp_path / 'c.jsonl'}"
     compare.main(command.split())

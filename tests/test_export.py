@@ -190,6 +190,8 @@ TOKENS = {"vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 2, "pad_token_i
 SIZES = TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 SIZES |= {"max_position_embeddings": 64}
 GROUPED = SIZES | {"num_key_value_heads": 1, "head_dim": 16}
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+FUSED = ("mixtral", "glm4_moe")
 BASES = {
     "llama": lambda: hf.LlamaConfig(**GROUPED, tie_word_embeddings=False),
     "llama, tied": lambda: hf.LlamaConfig(**GROUPED, tie_word_embeddings=True),
@@ -199,6 +201,7 @@ BASES = {
     "gemma2": lambda: hf.Gemma2Config(**GROUPED),
     "gemma3": lambda: hf.Gemma3TextConfig(**GROUPED),
     "mixtral": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=2),  # experts that are one parameter here
+    "glm4_moe": lambda: hf.Glm4MoeConfig(**GROUPED, **EXPERTS),  # and a router's bias, which is no parameter
 }
 
 
@@ -216,10 +219,12 @@ def test_a_model_leaves_as_it_came(name, dtype, root, tmp_path, monkeypatch):
     """Tensors, configuration, tokenizer: what reads the base reads this. And a checkpoint exports the same, to
     the bytes that transformers writes, in one file or in several."""
     # red: _dtype always float32; a tied head written twice; the skeleton's own model_type; names not sorted, or
-    # the offset without the header's length (_lay_out); a parameter cast to another dtype
+    # the offset without the header's length (_lay_out); a parameter cast to another dtype; no _buffers
     torch.manual_seed(0)
     base = tmp_path / "base"
     lm = hf.AutoModelForCausalLM.from_config(BASES[name](), dtype=getattr(torch, dtype))
+    for key in set(lm.state_dict()) - {name for name, _ in lm.named_parameters()} - {"lm_head.weight"}:
+        lm.get_buffer(key).normal_()
     lm.save_pretrained(base)
     AutoTokenizer.from_pretrained(root / "model").save_pretrained(base)
     argv = ["--model", base, "--data", root / "rows.jsonl", "--steps", "1", "--out", tmp_path / "run"]
@@ -238,15 +243,15 @@ def test_a_model_leaves_as_it_came(name, dtype, root, tmp_path, monkeypatch):
         assert torch.equal(parameter, trained[f"lm.{key}"].to(parameter.dtype)), key
     lm.save_pretrained(tmp_path / "whole")
     assert weights(final) == weights(tmp_path / "whole")
-    if name != "mixtral":  # transformers keeps the parts of a fused parameter in one file
+    if name not in FUSED:  # transformers keeps the parts of a fused parameter in one file
         with torch.device("meta"):
             plain = hf.AutoModelForCausalLM.from_config(lm.config, dtype=lm.dtype)
         held = {key: parameter.detach() for key, parameter in lm.named_parameters()}
         plain.save_pretrained(tmp_path / "parts", state_dict=held, max_shard_size="20KB")
         monkeypatch.setattr(export, "SHARD", "20KB")
     assert offline(tmp_path / "run" / "step-1", tmp_path / "out") is None
-    assert weights(tmp_path / "out") == weights(tmp_path / ("whole" if name == "mixtral" else "parts"))
-    assert len(weights(tmp_path / "out")) > 2 or name == "mixtral"
+    assert weights(tmp_path / "out") == weights(tmp_path / ("whole" if name in FUSED else "parts"))
+    assert len(weights(tmp_path / "out")) > 2 or name in FUSED
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

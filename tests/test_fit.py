@@ -12,6 +12,7 @@ import align
 import fit
 import memory
 import objective as objectives
+import precision
 import sft
 
 WIDE = "qwen2"
@@ -79,3 +80,16 @@ def test_a_plan_says_what_would_be_chosen(asked, main, capsys):
     found = [re.search(r"with --tokens-per-microbatch (\d+) --activation-checkpointing (\w+)\n", text) for text in said]
     assert [match.groups() for match in found[::2]] == [("65536", "none"), ("4096", "full")]
     assert found[1][2] != "none" and "24 GB: 1 at least" in said[1]
+
+
+def test_a_run_goes_on_in_its_dtype(tmp_path, monkeypatch):
+    """red: args.json not asked; asked without --resume"""
+    monkeypatch.setattr(precision, "usual", lambda device: "float32" if device == "cpu" else "bfloat16")
+    argv = ["--model", "m", "--data", "d", "--out", str(tmp_path), "--device", "cpu"]
+    assert sft.parse_args(argv).dtype == "float32"
+    (tmp_path / "args.json").write_text('{"dtype": "bfloat16"}')
+    assert sft.parse_args([*argv, "--resume", "auto"]).dtype == "bfloat16"
+    assert sft.parse_args(argv).dtype == "float32"
+    assert sft.parse_args([*argv, "--resume", "auto", "--dtype", "float32"]).dtype == "float32"
+    assert sft.parse_args([*argv, "--memory", "8"]).dtype == "float32"
+    assert sft.parse_args([*argv, "--plan"]).dtype == "bfloat16"  # of GPUs

@@ -761,7 +761,7 @@ def disagreement(run: Path, truth: Truth) -> dict[str, float]:
 
 
 # AdamW's division by small second moments has made the later gradients less alike.
-TOLERANCE = {"gradients 0": 1e-5, "losses 0": 1e-5, "gradients": 1e-4, "losses": 1e-5, "logged": 1e-4}
+TOLERANCE = {"gradients 0": 2e-5, "losses 0": 1e-5, "gradients": 1e-4, "losses": 1e-5, "logged": 1e-4}
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -16,6 +16,7 @@ from torch import nn
 import attention
 import model
 import packing
+import precision
 
 WIDE = {"vocab_size": 50_000, "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16}
 FEW = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,7 +63,8 @@ def test_models_of_any_size_are_checked_in_no_time(name):
     # red: `for narrow, few in ((False, False),)`: no clone is small, by MOST; (True, False): too slow
     config = LARGE[name]()
     state, begin = torch.get_rng_state(), time.process_time()
-    packing.check(name, config, 8192, model.in_training, dtype=torch.bfloat16)
+    dtype = getattr(torch, precision.usual("cpu"))
+    packing.check(name, config, 8192, model.in_training, dtype=dtype)
     # a quarter of that on a quiet machine
     assert time.process_time() - begin < 3
     assert torch.equal(torch.get_rng_state(), state)  # red: no fork_rng and no generator in _fill
