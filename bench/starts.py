@@ -168,7 +168,7 @@ def read(path: Path, told: Row) -> dict[str, Row]:
     return {row["loss"]: row for row in rows if told.items() <= row.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     made.add_argument("--model", required=True, help="where every run starts")
     made.add_argument("--losses", nargs="+", choices=STARTS, default=list(STARTS), metavar="LOSS")
@@ -178,7 +178,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--eval-examples", type=int, default=128)
     made.add_argument("--out", type=Path, default=ROOT / "runs" / "starts", help="logs, and runs as they go")
     made.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "starts.jsonl")
-    args, args.flags = made.parse_known_args(argv)
+    args, flags = made.parse_known_args(argv)
+    args.flags = flags
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     args.out, args.results = args.out.absolute(), args.results.absolute()
     args.model = str(Path(args.model).absolute()) if Path(args.model).is_dir() else args.model
     args.out.mkdir(parents=True, exist_ok=True)

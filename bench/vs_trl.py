@@ -169,6 +169,8 @@ def run_ours(command: list[str], args: argparse.Namespace, folder: Path) -> dict
         "5e-6",
         "--warmup-steps",
         "0",
+        "--dtype",
+        args.dtype,
     ]
     done = subprocess.run([sys.executable, *command, *flags], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -185,6 +187,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--tokens-per-microbatch", type=int, default=4096)
+    sys.path.insert(0, str(ROOT))
+    import precision
+
+    kinds = {"choices": ("bfloat16", "float32"), "default": precision.usual("cpu")}
+    parser.add_argument("--dtype", **kinds, help="of both; None: what this CPU multiplies")
     parser.add_argument("--out", type=Path, default=None, help="also write the output here")
 
 
@@ -208,11 +215,14 @@ def main() -> None:
         folder = Path(name)
         _, pair_tokens, sft_tokens = choose_pairs(args.model, args.data, args.pairs * total, folder)
         for label, command in OURS.items():
+            if args.only and "sft" in label and "SFT" not in args.only:
+                continue
             found[label] = run_ours(command, args, folder)
             print(label, found[label], file=sys.stderr, flush=True)
         for label, options in SETTINGS.items():
             if label not in FASTEST if args.only is None else args.only not in label:
                 continue
+            options = options | ({"bf16": False, "weights": "float32"} if args.dtype == "float32" else {})
             job = {"name": label, "options": options, "data": str(folder / "trl.jsonl"), "steps": total}
             job |= {
                 "model": str(Path(args.model).resolve()),
@@ -230,7 +240,7 @@ def main() -> None:
                 found[label] = json.loads(done.stdout.strip().splitlines()[-1])
             print(label, found[label], file=sys.stderr, flush=True)  # a long wait: what is known so far
     lines = [
-        f"{args.pairs} pairs a step, max length {MAX_LENGTH}, bf16, live reference, {describe_machine()}, TRL 1.16.0; "
+        f"{args.pairs} pairs a step, max length {MAX_LENGTH}, {args.dtype}, live reference, {describe_machine()}, TRL 1.16.0; "
         f"medians of {args.steps} steps after {args.warmup} of warm-up.",
         "",
         "| run | s/step | pairs/s | tokens/s | speed, ours to it | peak RSS, GB | memory, ours to it | first loss |",

@@ -32,6 +32,7 @@ MEASURES = {  # key of a row -> heading, format
     "kl_rejected": ("seq. KL rejected", ".3f"),
     "seconds": ("seconds a run", ".0f"),
 }
+TICKS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1, 1.5, 2, 3, 4, 6, 10, 20, 30, 50, 100)  # of a drift's root scale
 DRIFTS = (0.1, 0.3, 0.8)  # nats, at which methods are compared
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, by seeds less 2
 PANELS = (("reward", "mean reward"), ("tail", "mean reward of the worst 5 %"), ("ruin", "P(ruin), %"))
@@ -181,6 +182,8 @@ def figure(
             ends.append((middle[-1], drift[-1], method, colour))
         panel.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         panel.set_xlim(left=0)
+        most = panel.get_xlim()[1]
+        panel.set_xticks([0, *(tick for tick in TICKS if 0.03 * most <= tick <= most)])
         name(panel, ends)
         panel.set_xlabel(f"{against[1]}; root scale")
         panel.set_title(title, loc="left", fontsize=11)

@@ -187,7 +187,7 @@ def test_every_kind_of_run_trains_adapters_alone_and_exports_them_both_ways(root
     monkeypatch.setattr(fsdp, "shard", lambda lm, *rest: models.append(lm) or shard(lm, *rest))
     monkeypatch.setattr(model, "copied", None)
     out = tmp_path / "run"
-    argv = flags(root, out, "--lora-rank", 4, "--save-every", 2, *more, base=base)
+    argv = flags(root, out, "--dtype", "bfloat16", "--lora-rank", 4, "--save-every", 2, *more, base=base)
     assert exit_code(script.main, argv) is None
     assert len(models) == 1
     kinds = {p.requires_grad: set() for p in models[0].parameters()}
