@@ -177,7 +177,7 @@ case "$mode" in
     compare) setup && smollm2 && .venv/bin/python examples/compare.py "$@" ;;
     imdb) setup && imdb "$@" ;;
     # a file is one process's, for its tests share what they have trained
-    test) setup && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n "${WORKERS:-2}" --dist loadfile "$@" ;;
+    test) setup && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@" ;;
     bench) setup && smollm2 && bench ;;
     step) setup && smollm2 && .venv/bin/python bench/step.py --model models/smollm2 "$@" ;;
     parity) setup && .venv/bin/python bench/parity.py "$@" ;;

@@ -20,6 +20,15 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # two threads that wait for each other are slower on small tensors
 
 
+# What takes longest goes first, or one worker has it at the end while the other has nothing.
+LONG = ("methods", "train", "fsdp", "lora", "loop", "sample", "references", "load", "memory", "moe", "subset", "faults")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    place = {f"test_{name}": index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 def launch(base: Path, jobs: list[dict], processes: int, threads: int = 1, timeout: int = 400) -> str:
     """Run jobs of drive.py in one launch of so many processes; what they print."""
     path = base / f"jobs{processes}.json"
