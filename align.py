@@ -102,9 +102,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
     args = config.parse(made, argv)
     resolve(args)
-    args.dtype = args.dtype or fit.dtype(args)
-    if args.compile and args.activation_checkpointing == "ops":
-        config.fail("--activation-checkpointing ops knows no compiled products", right="--compile false")
+    fit.resolve(args)
     lora.resolve(args)
     references.resolve(args)
     return args

@@ -100,8 +100,7 @@ def export(
     """
     device = next(model.parameters()).device
     adapters = lora.settings(model)
-    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied weight once
-    state = {name: value for name, value in model.state_dict().items() if name in own}
+    state = loading.stored(model)
     wholes = _wholes(state)
     if adapters is not None:
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

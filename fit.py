@@ -1,7 +1,7 @@
 """What the device decides of a run where no flag does: how many tokens a micro-batch has, and what is
 recomputed in the backward pass. Neither changes what is trained beyond the order of sums.
 
-    dtype     what it computes in
+    resolve   what it computes in, before anything is read
     settle    put both into the flags of a run, the same on all ranks
     report    --plan, with what would be chosen
     choose    the choice, by memory.py's count
@@ -23,6 +23,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 
 import checkpoint
+import config
 import files
 import fsdp
 import memory
@@ -42,9 +43,16 @@ class Choice(NamedTuple):
     way: str  # --activation-checkpointing
 
 
-def dtype(args: argparse.Namespace) -> str:
-    """--dtype where no flag says it: of a run that goes on, or is there, its own; else what the device
-    multiplies, and of a plan what GPUs do."""
+def resolve(args: argparse.Namespace) -> None:
+    """What the flags alone decide, in place: --dtype where none says it. Fails in one line."""
+    args.dtype = args.dtype or _dtype(args)
+    if args.compile and args.activation_checkpointing == "ops":
+        config.fail("--activation-checkpointing ops knows no compiled products", right="--compile false")
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    """Of a run that goes on, or is there, its own; else what the device multiplies, and of a plan what GPUs
+    do."""
     with contextlib.suppress(ValueError, OSError, AttributeError):
         before = files.read_json(Path(args.out) / "args.json").get("dtype") if args.resume else None
         if before in DTYPES:

@@ -22,7 +22,7 @@ from typing import Any, Iterator
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -263,6 +263,12 @@ def _merged(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             lm.resize_token_embeddings(end, mean_resizing=False)  # the new rows are the adapter's
         merged = peft.PeftModel.from_pretrained(lm, path, local_files_only=True).merge_and_unload()
     return merged.to(dtype).eval()
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """What a model is saved with, a tied weight once."""
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: value for name, value in model.state_dict().items() if name in own}
 
 
 def end_of_rows(indices: Any) -> int:

@@ -346,8 +346,7 @@ def merged(
     _fill(whole, {name: value for name, value in trained.items() if _adapts(name)}, base)
     if whole.source.places is None:  # only transformers can tell, and reads all
         shards.fill(whole, whole.source, torch.device("cpu"))
-    own = {name for name, _ in (*whole.named_parameters(), *whole.named_buffers())}  # a tied weight once
-    state = {n: v for n, v in whole.state_dict().items() if n in own and not _adapts(n)}
+    state = {name: value for name, value in loading.stored(whole).items() if not _adapts(name)}
     adapted = {f"{name}.base_layer.weight": layer for name, layer in _named_layers(whole)}
     adapted |= {f"{n}.weight": module for n, module in whole.named_modules() if hasattr(module, added.NAME)}
     weights = ((n.replace(".base_layer.", "."), _sum(whole, n, v, adapted.get(n))) for n, v in state.items())

@@ -84,9 +84,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     memory.add_flags(made)
     config.add_run_flags(made)
     args = config.parse(made, argv)
-    args.dtype = args.dtype or fit.dtype(args)
-    if args.compile and args.activation_checkpointing == "ops":
-        config.fail("--activation-checkpointing ops knows no compiled products", right="--compile false")
+    fit.resolve(args)
     lora.resolve(args)
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
     if args.max_prompt_length >= args.max_length:

@@ -219,7 +219,7 @@ class _TokenStatistics(torch.autograd.Function):
         grad_weight = grad_weight.to(weight.dtype) if wants_weight else None
         grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
         grad_added = grad_added.to(added.dtype) if wants_added else None
-        return grad_hidden, grad_weight, grad_bias, grad_added, *[None] * 8
+        return grad_hidden, grad_weight, grad_bias, grad_added, *[None] * 7
 
 
 def _chunks(total: int, size: int) -> list[slice]:

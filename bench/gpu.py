@@ -42,7 +42,7 @@ import encode  # noqa: E402
 import loading  # noqa: E402
 import memory  # noqa: E402
 from step import report  # noqa: E402
-from vs_trl import choose_pairs  # noqa: E402
+from vs_trl import choose_pairs, run_trl  # noqa: E402
 
 # Of SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B.
 WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -220,25 +220,6 @@ def profiled(argv: list[str]) -> None:
     align.main(argv)
 
 
-def against_trl(path: Path, pairs: Path, steps: int, folder: Path) -> dict[str, dict]:
-    found = {}
-    for label, options in TRL.items():
-        many = HOW[path.name][0]
-        options = options | {"gradient_accumulation_steps": many // options["per_device_train_batch_size"]}
-        job = {"name": label, "options": options, "data": str(pairs / "trl.jsonl"), "steps": steps}
-        job |= {"model": str(path), "pairs": many, "folder": str(folder / "trl")}
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        call = [sys.executable, "bench/vs_trl.py", "--model", "-", "--child", str(folder / "job.json")]
-        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            found[label] = {"failed": last[:200]}
-        else:
-            found[label] = json.loads(done.stdout.strip().splitlines()[-1])
-        print(path.name, label, json.dumps(found[label])[:300], file=sys.stderr, flush=True)
-    return found
-
-
 def main() -> None:
     if sys.argv[1:2] == ["profiled"]:
         profiled(sys.argv[2:])
@@ -307,7 +288,10 @@ def main() -> None:
                 )
                 record["rows"][f"{model}, {label}"] = {"tok_per_s": rate, "step_s": seconds, "gb": gb, "mfu": parts}
             if model in args.trl:
-                for label, found in against_trl(path, pairs, total, folder).items():
+                for label, options in TRL.items():
+                    more = {"gradient_accumulation_steps": many // options["per_device_train_batch_size"]}
+                    job = {"name": label, "options": options | more, "steps": total, "pairs": many}
+                    found = run_trl(sys.executable, job | {"model": str(path)}, pairs)
                     if "failed" in found:
                         lines.append(f"| {model} | {label} | {found['failed']} |" + " - |" * 8)
                         continue

@@ -180,6 +180,22 @@ def run_ours(command: list[str], args: argparse.Namespace, folder: Path) -> dict
     return {"seconds": [row["step_s"] for row in rows], "peak_gb": peak, "loss": rows[0]["loss"]}
 
 
+def run_trl(python: Path | str, job: dict, folder: Path) -> dict:
+    """A job of `child` in an interpreter that has TRL, on the pairs that choose_pairs wrote into a folder."""
+    job |= {"data": str(folder / "trl.jsonl"), "folder": str(folder / "trl")}
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    command = [str(python), __file__, "--model", job["model"], "--child", str(folder / "job.json")]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **job["options"].get("environment", {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:  # does not fit, or is refused by TRL: said in the table
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        found = {"failed": f"exit code {done.returncode}: {last[:100]}"}
+    else:
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    print(job["name"], found, file=sys.stderr, flush=True)  # a long wait: what is known so far
+    return found
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", default="examples/hh_train.jsonl")
@@ -223,22 +239,8 @@ def main() -> None:
             if label not in FASTEST if args.only is None else args.only not in label:
                 continue
             options = options | ({"bf16": False, "weights": "float32"} if args.dtype == "float32" else {})
-            job = {"name": label, "options": options, "data": str(folder / "trl.jsonl"), "steps": total}
-            job |= {
-                "model": str(Path(args.model).resolve()),
-                "pairs": args.pairs,
-                "folder": str(folder / "trl"),
-            }
-            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            command = [str(python), __file__, "--model", args.model, "--child", str(folder / "job.json")]
-            env = {**os.environ, "HF_HUB_OFFLINE": "1", **options.get("environment", {})}
-            done = subprocess.run(command, capture_output=True, text=True, env=env)
-            if done.returncode:  # does not fit, or is refused by TRL: said in the table
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                found[label] = {"failed": f"exit code {done.returncode}: {last[:100]}"}
-            else:
-                found[label] = json.loads(done.stdout.strip().splitlines()[-1])
-            print(label, found[label], file=sys.stderr, flush=True)  # a long wait: what is known so far
+            job = {"name": label, "options": options, "steps": total, "pairs": args.pairs}
+            found[label] = run_trl(python, job | {"model": str(Path(args.model).resolve())}, folder)
     lines = [
         f"{args.pairs} pairs a step, max length {MAX_LENGTH}, {args.dtype}, live reference, {describe_machine()}, TRL 1.16.0; "
         f"medians of {args.steps} steps after {args.warmup} of warm-up.",

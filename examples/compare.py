@@ -106,12 +106,15 @@ def split(source: Path, out: Path, rows: int | None) -> None:
         beside.replace(out / f"{name}.jsonl")
 
 
+def named(paths: dict[str, Path]) -> list[str]:
+    """As flags."""
+    return [word for name, path in paths.items() for word in (f"--{name.replace('_', '-')}", str(path))]
+
+
 def script(main: Callable, command: str, out: Path, **paths: Path) -> dict[str, Any]:
     """A script in this process, to its end, going on where it was killed; the last row that it logged. What
     it says goes to out.log."""
-    flags = [*command.split(), "--out", str(out), "--resume", "auto"]
-    for name, path in paths.items():
-        flags += [f"--{name.replace('_', '-')}", str(path)]
+    flags = [*command.split(), "--out", str(out), "--resume", "auto", *named(paths)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         main(flags)
@@ -157,16 +160,16 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
 
 def fill(args: argparse.Namespace) -> None:
     """The reference's values of all rows, before several runs at a time read them."""
-    files = {"data": args.out / "train.jsonl"}, {"data": args.out / "dev.jsonl"}
-    for judged in ("dev.jsonl", ROOT / "examples" / "hh_test.jsonl"):
-        files += ({"data": args.out / "dev.jsonl", "eval_data": args.out / judged},)
+    train, dev = ({"data": args.out / f"{name}.jsonl"} for name in ("train", "dev"))
     hows = [f"{METHODS[name]} {TRAINED}" for name in {"dpo", "kto", "tdpo2"} & set(args.methods)]
-    for how, paths in [*((how, files[0]) for how in hows), *((f"{MEASURE} {LENGTHS}", paths) for paths in files[2:])]:
+    wanted = [(how, train) for how in hows]
+    for judged in (dev["data"], ROOT / "examples" / "hh_test.jsonl"):
+        wanted.append((f"{MEASURE} {LENGTHS}", dev | {"eval_data": judged}))
+    always = {"model": args.out / "sft" / "final", "out": args.out / "filled"}
+    always["cache_reference"] = args.out / "reference"
+    for how, paths in wanted:
         how += f" --cache-reference-only true --eval-examples {args.eval_pairs}"
-        flags = [*how.split(), "--out", str(args.out / "filled")]
-        for name, path in (paths | {"model": args.out / "sft" / "final"}).items():
-            flags += [f"--{name.replace('_', '-')}", str(path)]
-        align.main([*flags, "--cache-reference", str(args.out / "reference")])
+        align.main([*how.split(), *named(paths | always)])
 
 
 def runs(

@@ -16,21 +16,21 @@ from typing import Any, Iterator, Sequence
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import align  # noqa: E402
 import batch  # noqa: E402
 import chat  # noqa: E402
 import config  # noqa: E402
-import data  # noqa: E402
-import encode  # noqa: E402
 import frontier  # noqa: E402
 import loading  # noqa: E402
 import model  # noqa: E402
 import numpy as np  # noqa: E402
+import objective  # noqa: E402
 import torch  # noqa: E402
 import vocab  # noqa: E402
 
 SHARES = np.logspace(0, -4, 41)  # of the tokens that drift farther than a quantile
 TAILS = {"cvar_95": 0.05, "cvar_99": 0.01}
-PAIRS = 8  # of a pack
+TOKENS = 4096  # of a pack
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
 
 
@@ -42,14 +42,13 @@ def drifts(
     prompts are cut to half of `length`."""
     tokenizer = loading.load_tokenizer(reference)
     template = chat.chat_template(tokenizer, None)
-    rows = [
-        encode.encode(row, tokenizer, length, length // 2, template) for row in data.load(source, "test")[0]
-    ]
-    rows = [row for row in rows if not isinstance(row, str)]  # or why it cannot be used
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # as Store.subset
-    rows = [rows[index] for index in sorted(order[:pairs].tolist())]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    packs = [batch.pack(rows[start : start + PAIRS]).to(device) for start in range(0, len(rows), PAIRS)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flags = f"--loss dpo --max-length {length} --tokens-per-microbatch {TOKENS}".split()
+    args = align.parse_args(["--model", reference, "--data", source, "--out", "none", *flags])
+    told = tokenizer, template, objective.make_objective(args), args
+    rows = align.load_examples([source], "test", *told, lambda *parts: None).subset(pairs)
+    works = batch.plan(rows.lengths, len(rows), 1, TOKENS, None)[0][0]
+    packs = batch.packs(rows, works, "best-worst", device)
     frozen = model.load(reference, torch.float32, length).to(device)
     for path in models:
         policy, found = model.load(path, torch.float32, length).to(device), []

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "preflight": {"arrays", "attention", "batch", "config", "fsdp", "loading", "lora", "model", "packing"}
     | {"precision", "rundir", "trackers"},
     "added": {"fsdp"},
-    "fit": {"checkpoint", "files", "fsdp", "memory", "precision"},
+    "fit": {"checkpoint", "config", "files", "fsdp", "memory", "precision"},
     "model": {"added", "attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
     "packing": {"attention", "vocab"},
     "shards": {"fsdp", "loading"},
