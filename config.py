@@ -32,8 +32,7 @@ def fail(where: str, what: str = "", right: str = "") -> NoReturn:
     message = ": ".join(part for part in (where, what) if part) + (f" ({right})" if right else "")
     if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(5)
-    with contextlib.suppress(OSError):  # stderr may go to a disk that is full
-        print(f"error: {' '.join(message.split())[:1000]}", file=sys.stderr, flush=True)
+    complain(f"error: {' '.join(message.split())[:1000]}")
     sys.exit(2)
 
 
@@ -49,8 +48,13 @@ def tell(*parts: Any) -> None:
 
 
 def warn(text: str) -> None:
+    complain(f"warning: {text}")
+
+
+def complain(line: str) -> None:
+    """On stderr, the line and its end in one write: print's two let lines of two processes run together."""
     with contextlib.suppress(OSError):  # stderr may go to the disk that is full
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

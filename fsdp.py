@@ -156,7 +156,7 @@ def _end(lost: list[int], why: str) -> None:
     reason = f"rank {', '.join(map(str, lost)) or 'unknown'} is lost: stopped, dead or waiting ({why})"
     if ranks()[0] == left[0]:
         HEALTH["report"](reason)
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+        print(f"error: {reason}\n", end="", file=sys.stderr, flush=True)
     else:
         time.sleep(1)
     os._exit(1)

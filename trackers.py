@@ -87,7 +87,7 @@ def _end(started: dict[str, subprocess.Popen]) -> None:
 def _warn(name: str, what: str) -> None:
     said = f"warning: --log-to {name}: {' '.join(what.split())}; metrics.jsonl has every row"
     with contextlib.suppress(OSError):  # stderr may go to a disk that is full
-        print(said, file=sys.stderr)
+        print(f"{said}\n", end="", file=sys.stderr)  # in one write: others speak at the same moment
 
 
 # ---- on the side of the tracker

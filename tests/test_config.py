@@ -24,6 +24,7 @@ import config
 import fsdp
 import rundir
 import sft
+import trackers
 
 # what fit.py chooses on a CPU
 CHOSEN = ["--tokens-per-microbatch", "4096", "--activation-checkpointing", "full"]
@@ -526,3 +527,16 @@ def test_progress_line(finished):
     parts += [f"gnorm {number}", r"[\d,]+ tok/s", f"{number} s/it", r"mem \d+\.\d\dG", r"eta \d+:\d\d:\d\d"]
     lines = [line for line in finished[2].splitlines() if line.startswith("train step")]
     assert len(lines) == 2 and re.fullmatch(r" \| ".join(parts), lines[0]), lines
+
+
+@pytest.mark.parametrize("say", [config.warn, lambda text: trackers._warn("wandb", text)])
+def test_a_warning_is_one_write(say, monkeypatch):
+    # red: print(text): what two processes say at the same moment stood on one line, two ends after it
+    class Pipe(io.StringIO):
+        def write(self, text):
+            writes.append(text)
+
+    writes = []
+    monkeypatch.setattr("sys.stderr", Pipe())
+    say("something")
+    assert len([text for text in writes if text]) == 1 and "something" in writes[0] and writes[0].endswith("\n")
