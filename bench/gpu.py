@@ -1,6 +1,7 @@
 """What a GPU does with a step: tokens a second, MFU and memory of models of three sizes, in under 10 minutes.
 
-    python bench/gpu.py [--models smollm2 1b 8b] [--rows dpo "dpo, cached"] [--trl] [--profile 1b] [--out DIR]
+    python bench/gpu.py [--models smollm2 1b 8b] [--rows dpo "dpo, cached"] [--trl 1b] [--profile 1b] [--out DIR]
+    python bench/gpu.py --device cpu --models tiny --steps 2 --warmup 1    a trial of the command itself
 
 Drives the real scripts, one process a row, on models of SHAPES with random weights, written as ordinary
 folders first and loaded from there: speed and memory do not depend on what weights say. A row that cannot fit
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -44,17 +46,18 @@ import memory  # noqa: E402
 from step import report  # noqa: E402
 from vs_trl import choose_pairs, run_trl  # noqa: E402
 
-# Of SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B.
+# Of SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B, and of nothing.
 WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
     "smollm2": dict(zip(WIDTHS, (576, 1536, 30, 9, 3)), head_dim=64, vocab_size=49152, tie_word_embeddings=True),
     "1b": dict(zip(WIDTHS, (2048, 8192, 16, 32, 8)), head_dim=64, vocab_size=128256, tie_word_embeddings=True),
     "8b": dict(zip(WIDTHS, (4096, 14336, 32, 32, 8)), head_dim=128, vocab_size=128256, tie_word_embeddings=False),
+    "tiny": dict(zip(WIDTHS, (64, 128, 2, 4, 2)), head_dim=16, vocab_size=8192, tie_word_embeddings=True),
 }
 # Pairs of a step, and flags of what trains all weights: a step of the 8b takes 0.4 % more than the plan leaves
 # of this card; else the run itself chooses what fits.
 TIGHT = ["--tokens-per-microbatch", "4096", "--activation-checkpointing", "full", "--yes", "true"]
-HOW = {"smollm2": (128, []), "1b": (128, []), "8b": (64, TIGHT)}
+HOW = {"smollm2": (128, []), "1b": (128, []), "8b": (64, TIGHT), "tiny": (4, [])}
 ROWS = {
     "sft": ["sft.py"],
     "dpo": ["align.py", "--loss", "dpo"],
@@ -84,22 +87,36 @@ KINDS = {
 }
 
 
-def make(name: str, folder: Path) -> Path:
-    """A folder with a model of random bf16 weights, made on the GPU, and the tokenizer of examples/tiny."""
-    path = folder / name
-    if not path.exists():
-        settings = transformers.LlamaConfig(
-            **SHAPES[name], max_position_embeddings=8192, dtype="bfloat16", bos_token_id=None, eos_token_id=2
-        )
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            lm = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
-        lm.save_pretrained(path)
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(ROOT / "examples" / "tiny" / file, path)
-        del lm
+class Place(NamedTuple):
+    """Of one model: its folder, that of its pairs, and where runs and the reference's values go."""
+
+    model: Path
+    pairs: Path
+    out: Path
+    cache: Path
+
+    @property
+    def data(self) -> Path:
+        return self.pairs / "ours.jsonl"
+
+
+Row = dict[str, Any]  # how, tok_per_s, step_s, tokens of a step, mfu, gb, start_s; or why it failed
+
+
+def make(name: str, path: Path, device: str) -> None:
+    """A folder with a model of random bf16 weights, made on the device, and the tokenizer of examples/tiny."""
+    settings = transformers.LlamaConfig(
+        **SHAPES[name], max_position_embeddings=8192, dtype="bfloat16", bos_token_id=None, eos_token_id=2
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        lm = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    lm.save_pretrained(path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ROOT / "examples" / "tiny" / file, path)
+    del lm
+    if device == "cuda":
         torch.cuda.empty_cache()
-    return path
 
 
 def run(command: list[str], steps: int, out: Path, wait: float = 300) -> dict:
@@ -126,15 +143,15 @@ def run(command: list[str], steps: int, out: Path, wait: float = 300) -> dict:
     return {"rows": rows, "start_s": start, "how": flags["activation_checkpointing"]}
 
 
-def command(label: str, path: Path, data: Path, cache: Path, out: Path, steps: int) -> list[str]:
-    pairs, how = HOW[path.name]
-    made = [sys.executable, *ROWS[label], "--model", str(path), "--data", str(data), "--out", str(out)]
-    made += [] if "LoRA" in label else how
-    made += ["--batch-size", str(pairs), "--steps", str(steps + 1), "--warmup-steps", "1", "--eval-every", "0"]
-    made += ["--device", "cuda", "--max-length", "512", "--log-every", "1000"]
+def command(label: str, place: Place, args: argparse.Namespace) -> list[str]:
+    pairs, how = HOW[place.model.name]
+    made = [sys.executable, *ROWS[label], "--model", str(place.model), "--data", str(place.data)]
+    made += ["--out", str(place.out), *([] if "LoRA" in label else how), "--batch-size", str(pairs)]
+    made += ["--steps", str(args.warmup + args.steps + 1), "--warmup-steps", "1", "--eval-every", "0"]
+    made += ["--device", args.device, "--max-length", "512", "--log-every", "1000"]
     if "cached" in label:
-        made += ["--cache-reference", str(cache), "--yes", "true"]
-    return made
+        made += ["--cache-reference", str(place.cache), "--yes", "true"]
+    return made + args.flags.split()
 
 
 def shares(path: Path, file: Path) -> dict[bool, float]:
@@ -164,18 +181,18 @@ def counted(label: str, path: Path, trained: float, checkpointing: str) -> tuple
     return plain, plain + 2 * weights * live, memory.flops(body, how, 1.0, trained, 150.0)
 
 
-def measured_rate() -> float:
-    """FLOP a second of one bf16 product of 8192^3."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def measured_rate(device: str) -> float:
+    """FLOP a second of one bf16 product of 8192^3, or on a CPU one of fp32 of 1024^3."""
+    size, dtype, many = (8192, torch.bfloat16, 20) if device == "cuda" else (1024, torch.float32, 5)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
         a @ b
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(20):
-        a @ b
-    end.record()
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (begin.elapsed_time(end) / 1e3)
+    (a @ b).sum().item()
+    began = time.perf_counter()
+    for _ in range(many):
+        found = a @ b
+    found.sum().item()
+    return many * 2 * size**3 / (time.perf_counter() - began)
 
 
 def profiled(argv: list[str]) -> None:
@@ -220,106 +237,142 @@ def profiled(argv: list[str]) -> None:
     align.main(argv)
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["profiled"]:
-        profiled(sys.argv[2:])
-        return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--data", default="examples/hh_train.jsonl")
-    parser.add_argument("--trl", nargs="*", choices=SHAPES, default=[], help="models that TRL trains too")
-    parser.add_argument("--profile", nargs="*", choices=SHAPES, default=[], help="models whose dpo is profiled")
-    parser.add_argument("--flags", default="", help="more flags of the scripts")
-    parser.add_argument("--out", type=Path, default=None, help="a folder for table and records")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("error: bench/gpu.py: no CUDA device here; bench/step.py measures a CPU")
+def measure(label: str, place: Place, trained: dict[bool, float], peak: float, args: argparse.Namespace) -> Row:
+    """A row of ours; where its reference is cached, the cache is filled before."""
+    total, made = args.warmup + args.steps, command(label, place, args)
+    if "cached" in label:
+        fill = subprocess.run([*made, "--cache-reference-only", "true"], cwd=ROOT, capture_output=True, text=True)
+        if fill.returncode:
+            return {"failed": f"the cache: {fill.stderr.strip()[-200:]}"}
+    found = run(made, total, place.out)
+    if "failed" in found:
+        return found
+    rows = found["rows"][args.warmup :]
+    tokens = sum(row["tokens"] for row in rows)
+    rate = tokens / sum(row["step_s"] for row in rows)
+    works = counted(label, place.model, trained["sft" in label], found["how"])
+    return {
+        "how": found["how"],
+        "tok_per_s": rate,
+        "step_s": statistics.median(row["step_s"] for row in rows),
+        "tokens": tokens / len(rows),
+        "mfu": [rate * work / peak for work in works],
+        "gb": max(row["mem_gb"] for row in rows),
+        "start_s": found["start_s"],
+    }
 
-    card = torch.cuda.get_device_properties(0)
-    peak = next((rate for name, rate in memory.CARDS.values() if name in card.name), None)
-    measured = measured_rate()
-    peak = 1e12 * peak if peak else measured
+
+def measure_trl(label: str, place: Place, tokens: Sequence[int], args: argparse.Namespace) -> Row:
+    """The same of TRL; `tokens` are those of the packed form, by pair."""
+    many, total = HOW[place.model.name][0], args.warmup + args.steps
+    options = TRL[label] | {"use_cpu": args.device == "cpu"}
+    size = options["per_device_train_batch_size"] = min(many, options["per_device_train_batch_size"])
+    options["gradient_accumulation_steps"] = many // size
+    job = {"name": label, "options": options, "steps": total, "pairs": many, "model": str(place.model)}
+    found = run_trl(args.trl_python, job, place.pairs)
+    if "failed" in found:
+        return found
+    spent, counts = found["seconds"][args.warmup :], tokens[many * args.warmup : many * total]
+    rate, step = sum(counts) / sum(spent), statistics.median(spent)
+    shown = {"how": "none", "tok_per_s": rate, "step_s": step, "tokens": sum(counts) / len(spent)}
+    return shown | {"gb": found["peak_gb"]}
+
+
+def profile(place: Place, args: argparse.Namespace) -> dict[str, Any]:
+    made = command("dpo", place, args)
+    made[1:2] = ["bench/gpu.py", "profiled"]
+    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True)
+    shutil.rmtree(place.out, ignore_errors=True)
+    return json.loads(done.stdout.strip().splitlines()[-1]) if not done.returncode else {"failed": done.stderr[-500:]}
+
+
+def cells(model: str, label: str, row: Row) -> str:
+    """A row of the table."""
+    if "failed" in row:
+        return f"| {model} | {label} | {row['failed']} |" + " - |" * 8
+    shown = [model, label, row["how"], f"{row['tok_per_s']:,.0f}", f"{row['step_s']:.3f}", f"{row['tokens']:,.0f}"]
+    shown += [f"{part:.1%}" for part in row["mfu"]] if "mfu" in row else ["-"] * 3
+    shown += [f"{row['gb']:.1f}", f"{row['start_s']:.0f}" if "start_s" in row else "-"]
+    return "| " + " | ".join(shown) + " |"
+
+
+def shown_profile(model: str, found: dict[str, Any]) -> list[str]:
+    if "failed" in found:
+        return ["", f"{model} was not profiled: {found['failed']}"]
+    whole = sum(found["kinds"].values())
+    lines = ["", f"| where a step of dpo, {model}, goes | ms | share |", "|---|---|---|"]
+    lines += [f"| {kind} | {spent / 1e3:.1f} | {spent / whole:.0%} |" for kind, spent in found["kinds"].items()]
+    return lines + [f"| _{name}_ | {spent / 1e3:.1f} | |" for name, spent in found["most"][:12]]
+
+
+def describe(args: argparse.Namespace) -> tuple[float, str]:
+    """The FLOP a second that MFU is of, and the device in words."""
+    measured = measured_rate(args.device)
+    peak, words = measured, f"a CPU, {measured / 1e12:.2f} TFLOP/s measured in fp32 at 1024^3"
+    if args.device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        peak = next((1e12 * rate for name, rate in memory.CARDS.values() if name in card.name), measured)
+        words = f"{card.name}, {card.total_memory / 1e9:.0f} GB, {peak / 1e12:.0f} TFLOP/s by its data sheet, "
+        words += f"{measured / 1e12:.0f} measured at 8192^3"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    about = f"{card.name}, {card.total_memory / 1e9:.0f} GB, {peak / 1e12:.0f} TFLOP/s by its data sheet, "
-    about += f"{measured / 1e12:.0f} measured at 8192^3; torch {torch.__version__}, transformers "
-    about += f"{transformers.__version__}, commit {commit.stdout.strip() or 'none'}; HH, max length 512, bf16"
-    about += f"; medians of {args.steps} steps after {args.warmup}"
-    lines = [about, ""]
-    lines += ["| model | run | recomputed | tokens/s | s/step | tokens a step | MFU, 6N | with ref | counted | peak GB | start s |"]
-    lines += ["|---" * 11 + "|"]
-    record: dict = {"about": about, "rows": {}}
-    total = args.warmup + args.steps
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for model in args.models:
-            path, out, cache = make(model, folder / "models"), folder / "run", folder / "cache"
-            many, pairs = HOW[model][0], folder / f"pairs_{model}"
-            pairs.mkdir(exist_ok=True)
-            _, lengths, short = choose_pairs(str(path), args.data, min(many * total, 1800), pairs)
-            file, ours = pairs / "ours.jsonl", {}
-            trained = shares(path, file)
+    words += f"; torch {torch.__version__}, transformers {transformers.__version__}, commit "
+    words += f"{commit.stdout.strip() or 'none'}; HH, max length 512, {args.flags or 'bf16'}"
+    return peak, words + f"; medians of {args.steps} steps after {args.warmup}"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = made.add_argument
+    add("--models", nargs="+", choices=SHAPES, default=["smollm2", "1b", "8b"])
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    add("--steps", type=int, default=8)
+    add("--warmup", type=int, default=3)
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command, with tiny")
+    add("--data", default="examples/hh_train.jsonl")
+    add("--trl", nargs="*", choices=SHAPES, default=[], help="models that TRL trains too")
+    add("--trl-python", default=sys.executable, help="an interpreter that has trl")
+    add("--profile", nargs="*", choices=SHAPES, default=[], help="models whose dpo is profiled, on a GPU")
+    add("--flags", default="", help="more flags of the scripts")
+    add("--out", type=Path, default=None, help="a folder for table and records")
+    return made.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: bench/gpu.py: no CUDA device here; bench/step.py measures a CPU")
+    peak, about = describe(args)
+    head = "model, run, recomputed, tokens/s, s/step, tokens a step, MFU 6N, with ref, counted, peak GB, start s"
+    lines = [about, "", "| " + head.replace(", ", " | ") + " |", "|---" * 11 + "|"]
+    record: dict[str, Any] = {"about": about, "rows": {}}
+
+    def add(model: str, label: str, row: Row) -> None:
+        print(cells(model, label, row), file=sys.stderr, flush=True)
+        lines.append(cells(model, label, row))
+        record["rows"][f"{model}, {label}"] = row
+
+    profiles: list[str] = []
+    for model in args.models:
+        with tempfile.TemporaryDirectory() as name:
+            place = Place(*(Path(name) / part for part in (model, "pairs", "run", "cache")))
+            place.pairs.mkdir()
+            make(model, place.model, args.device)
+            many = HOW[model][0] * (args.warmup + args.steps)
+            _, lengths, short = choose_pairs(str(place.model), args.data, min(many, 1800), place.pairs)
+            trained = shares(place.model, place.data)
             for label in args.rows:
-                made = command(label, path, file, cache, out, total) + args.flags.split()
-                if "cached" in label:
-                    fill = subprocess.run(
-                        [*made, "--cache-reference-only", "true"], cwd=ROOT, capture_output=True, text=True
-                    )
-                    if fill.returncode:
-                        print(model, label, "cache:", fill.stderr.strip()[-300:], file=sys.stderr, flush=True)
-                ours[label] = run(made, total, out)
-                said = ours[label].get("failed") or (ours[label]["rows"][-1]["step_s"], ours[label]["start_s"])
-                print(model, label, said, file=sys.stderr, flush=True)
-            for label, found in ours.items():
-                if "failed" in found:
-                    lines.append(f"| {model} | {label} | {found['failed']} |" + " - |" * 8)
-                    continue
-                rows = found["rows"][args.warmup :]
-                tokens = sum(row["tokens"] for row in rows)
-                rate = tokens / sum(row["step_s"] for row in rows)
-                parts = [rate * work / peak for work in counted(label, path, trained["sft" in label], found["how"])]
-                gb = max(row["mem_gb"] for row in rows)
-                seconds = statistics.median(row["step_s"] for row in rows)
-                lines.append(
-                    f"| {model} | {label} | {found['how']} | {rate:,.0f} | {seconds:.3f} | {tokens / len(rows):,.0f} | {parts[0]:.1%} | "
-                    f"{parts[1]:.1%} | {parts[2]:.1%} | {gb:.1f} | {found['start_s']:.0f} |"
-                )
-                record["rows"][f"{model}, {label}"] = {"tok_per_s": rate, "step_s": seconds, "gb": gb, "mfu": parts}
-            if model in args.trl:
-                for label, options in TRL.items():
-                    more = {"gradient_accumulation_steps": many // options["per_device_train_batch_size"]}
-                    job = {"name": label, "options": options | more, "steps": total, "pairs": many}
-                    found = run_trl(sys.executable, job | {"model": str(path)}, pairs)
-                    if "failed" in found:
-                        lines.append(f"| {model} | {label} | {found['failed']} |" + " - |" * 8)
-                        continue
-                    spent = found["seconds"][args.warmup :]
-                    counts = (short if "SFT" in label else lengths)[many * args.warmup : many * total]
-                    lines.append(
-                        f"| {model} | {label} | none | {sum(counts) / sum(spent):,.0f} | {statistics.median(spent):.3f} | "
-                        f"{sum(counts) / len(spent):,.0f} | - | - | - | {found['peak_gb']:.1f} | - |"
-                    )
-                    record["rows"][f"{model}, {label}"] = {"step_s": statistics.median(spent), "gb": found["peak_gb"]}
+                add(model, label, measure(label, place, trained, peak, args))
+            for label in TRL if model in args.trl else ():
+                add(model, label, measure_trl(label, place, short if "SFT" in label else lengths, args))
             if model in args.profile:
-                made = command("dpo", path, file, cache, out, total) + args.flags.split()
-                made[1:2] = ["bench/gpu.py", "profiled"]
-                done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True)
-                shutil.rmtree(out, ignore_errors=True)
-                if done.returncode:
-                    print("profile:", done.stderr[-500:], file=sys.stderr)
-                else:
-                    found = record[f"profile {model}"] = json.loads(done.stdout.strip().splitlines()[-1])
-                    whole = sum(found["kinds"].values())
-                    lines += ["", f"| where a step of dpo, {model}, goes | ms | share |", "|---|---|---|"]
-                    lines += [f"| {k} | {v / 1e3:.1f} | {v / whole:.0%} |" for k, v in found["kinds"].items()]
-                    lines += [f"| _{name}_ | {spent / 1e3:.1f} | |" for name, spent in found["most"][:12]]
-            shutil.rmtree(path)
-            shutil.rmtree(cache, ignore_errors=True)
-    lines += ["", "Tokens are those of the packed form (a prompt once), for TRL too. " + ANCHORS]
+                found = record[f"profile {model}"] = profile(place, args)
+                profiles += shown_profile(model, found)
+    lines += [*profiles, "", "Tokens are those of the packed form (a prompt once), for TRL too. " + ANCHORS]
     report(lines, record, args.out and args.out / "gpu.md")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["profiled"]:
+        profiled(sys.argv[2:])
+    else:
+        main()

@@ -43,6 +43,7 @@ import align  # noqa: E402
 import config  # noqa: E402
 import drift  # noqa: E402
 import frontier  # noqa: E402
+import precision  # noqa: E402
 import sft  # noqa: E402
 
 METHODS = {
@@ -67,7 +68,7 @@ RATES = (5e-6, 1e-5, 2e-5)
 DEV = 8  # one prompt of so many
 PAIRS = 8  # of a step
 LENGTHS = "--max-length 256 --max-prompt-length 128"
-TRAINED = f"{LENGTHS} --dtype bfloat16 --activation-checkpointing none --tokens-per-microbatch 4096"
+TRAINED = f"{LENGTHS} --activation-checkpointing none --tokens-per-microbatch 4096"
 MEASURE = "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1 --steps 0 --dtype float32"
 LOGGED = {  # of align.py -> of a row
     "rewards/accuracies": "accuracy",
@@ -87,6 +88,8 @@ COLUMNS = {
     "lr": ("learning rate", ".0e"),
     "seconds": ("seconds a run", ".0f"),
 }
+PAIRED = {key: COLUMNS[key] for key in ("accuracy", "margin", "kl_chosen", "kl_rejected")}
+BASES = ("dpo", "tdpo1")  # that the others are compared with
 PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin", "cvar_rejected")]  # of the frontier
 
 
@@ -124,6 +127,7 @@ def script(main: Callable, command: str, out: Path, **paths: Path) -> dict[str, 
 def settings(args: argparse.Namespace, steps: int, judged: str) -> dict[str, Any]:
     """What rows must have in common to be compared."""
     shared = {"model": args.model.name, "rows": args.rows, "sft_steps": args.sft_steps}
+    shared["dtype"] = precision.usual("auto")  # of training, as align.py takes it
     return shared | {"steps": steps, "judged": judged, "eval_pairs": args.eval_pairs}
 
 
@@ -262,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         told = settings(args, args.steps, "test")
         found = {rate: frontier.read(args.results, told | {"lr": rate}) for rate in set(rates.values())}
         rows = [row for rate in found for row in found[rate].values() if rates.get(row["method"]) == rate]
-        said = frontier.table(rows, COLUMNS)
+        compared = [frontier.differences(rows, PAIRED, base) for base in BASES]
+        said = "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared]))
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)
     frontier.figure(rows, args.results, PANELS, ("kl_chosen", "sequential KL, chosen answers, nats"))

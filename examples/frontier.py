@@ -2,6 +2,7 @@
 
     add, read         a row a run, in a JSONL file; what is there need not be run again
     table             means and standard errors over seeds, as Markdown
+    differences       from one method at the same beta, seed by seed, with intervals
     at_equal_drift    differences from dpo at the same drift, seed by seed, with intervals
     figure            what was gained against the drift it took, a line a method through its betas
 
@@ -121,6 +122,29 @@ def table(rows: Iterable[Row], columns: dict[str, tuple[str, str]] = MEASURES) -
     return "\n".join(lines)
 
 
+def with_interval(differences: Sequence[float]) -> str:
+    """Their mean and 95 % interval (Student's t): one a seed."""
+    mean, error = mean_and_error(differences) if differences else (math.nan, math.nan)
+    half = STUDENT[min(len(differences), 10) - 2] * error
+    return f"{mean:+.3f}" + (f" ({mean - half:+.3f} to {mean + half:+.3f})" if len(differences) > 1 else "")
+
+
+def differences(rows: Iterable[Row], columns: dict[str, tuple[str, str]], base: str) -> str:
+    """As Markdown: each method less `base` at the same beta, seed by seed, so that what the order of the data
+    does to both falls out; mean and 95 % interval over the seeds that both have. "" if nothing is paired."""
+    found = by_method(rows)
+    names = " | ".join(title for title, _ in columns.values())
+    lines = [f"| method, less {base} | beta | seeds | {names} |", "|---" * (len(columns) + 3) + "|"]
+    for method in [name for name in found if name not in (base, "reference", "ideal")]:
+        for beta, ours in found[method].items():
+            theirs = {row["seed"]: row for row in found.get(base, {}).get(beta, [])}
+            pairs = [(row, theirs[row["seed"]]) for row in ours if row["seed"] in theirs]
+            cells = [with_interval([a[key] - b[key] for a, b in pairs]) for key in columns]
+            if pairs:
+                lines.append(f"| {method} | {beta:g} | {len(pairs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def at_equal_drift(rows: Iterable[Row]) -> str:
     """As Markdown: how far the curve of a method lies above dpo's at the same KL(policy || reference), mean
     over seeds and 95 % interval (Student's t on the differences by seed). A curve joins the reference and a
@@ -135,10 +159,7 @@ def at_equal_drift(rows: Iterable[Row]) -> str:
                 ours, theirs = (_on_curve(rows, name, key, drift) for name in (method, "dpo"))
                 found = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
                 number = len(found)
-                mean, error = mean_and_error(found) if found else (math.nan, math.nan)
-                half = STUDENT[min(number, 10) - 2] * error
-                interval = f" ({mean - half:+.3f} to {mean + half:+.3f})" if number > 1 else ""
-                cells.append(f"{mean:+.3f}{interval}")
+                cells.append(with_interval(found))
             if number:
                 lines.append(f"| {method} | {drift:g} | {number} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

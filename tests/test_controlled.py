@@ -117,6 +117,20 @@ def test_the_difference_from_dpo_at_equal_drift():
     assert cells[1][3].startswith(f"{0.55 * 0.75**0.5:+.3f} (")
 
 
+def test_the_difference_from_a_method_seed_by_seed():
+    """red: seeds paired by place; another beta's rows; an error of means instead of differences."""
+    frontier, columns = controlled.frontier, {"kl": ("KL", ".3f")}
+    of = lambda method, beta, seed, kl: {"method": method, "beta": beta, "seed": seed, "kl": kl}  # noqa: E731
+    rows = [of("dpo", 0.1, seed, float(seed)) for seed in (0, 10, 20)] + [of("dpo", 1.0, 0, 9.0)]
+    rows += [of("kto", 0.1, 20, 20.3), of("kto", 0.1, 10, 10.25), of("kto", 1.0, 0, 8.0), of("kto", 3.0, 0, 7.0)]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+             frontier.differences(rows, columns, "dpo").splitlines()]  # fmt: skip
+    assert lines[0] == ["method, less dpo", "beta", "seeds", "KL"]
+    # 0.3 and 0.25: 0.275 and 12.706 times 0.025
+    assert lines[2:] == [["kto", "1", "1", "-1.000"], ["kto", "0.1", "2", "+0.275 (-0.043 to +0.593)"]]
+    assert frontier.differences(rows[:4], columns, "dpo") == frontier.differences(rows, columns, "tdpo1") == ""
+
+
 def drive(tmp_path):
     controlled.main([*SMALL.split(), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "c.jsonl")])
 
