@@ -122,7 +122,7 @@ def make(name: str, path: Path, device: str) -> None:
 def run(command: list[str], steps: int, out: Path, wait: float = 300) -> dict:
     """The rows of a script that is stopped after so many steps, or why there are none."""
     began, rows, path = time.perf_counter(), [], out / "metrics.jsonl"
-    env = dict(os.environ, OMP_NUM_THREADS="8", HF_HUB_OFFLINE="1")
+    env = dict(os.environ, OMP_NUM_THREADS=str(min(8, os.cpu_count() or 1)), HF_HUB_OFFLINE="1")
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors, env=env)
         while child.poll() is None and len(rows) < steps and time.perf_counter() - began < wait:
@@ -368,6 +368,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found = record[f"profile {model}"] = profile(place, args)
                 profiles += shown_profile(model, found)
     lines += [*profiles, "", "Tokens are those of the packed form (a prompt once), for TRL too. " + ANCHORS]
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     report(lines, record, args.out and args.out / "gpu.md")
 
 
