@@ -429,11 +429,12 @@ def _parts(body: Body, run: Run, other: Body | None) -> dict[str, float]:
 
 
 def limit_of(args: argparse.Namespace, cuda: bool) -> float:
-    """Bytes that a rank may take: of a GPU less SPARE, or of this machine's memory its part."""
+    """Bytes that a rank may take: of a GPU less SPARE, or what others leave of it; of a host's its part."""
     if args.memory is not None:
         return args.memory * 1e9 * (1 - SPARE)
     if cuda:
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory * (1 - SPARE)
+        free, total = torch.cuda.mem_get_info()
+        return min(total * (1 - SPARE), free + torch.cuda.memory_reserved())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
