@@ -1,4 +1,5 @@
-"""The starting points of configs/hh_smollm2.toml, and bench/starts.py, which tries them, on a tiny model.
+"""The starting points of configs/hh_smollm2.toml, and bench/starts.py, which tries them, on a tiny model; the
+table of bench/gpu.py, on a CPU.
 
 `red:` names a change of the code that turns a test red.
 """
@@ -15,6 +16,7 @@ import align
 from objective import LOSSES
 
 sys.path.insert(0, str(ROOT / "bench"))
+import gpu  # noqa: E402
 import starts  # noqa: E402
 
 CONFIG = str(starts.CONFIG)
@@ -104,3 +106,25 @@ def test_the_status_of_a_run(case, tmp_path):
     if case == "falls":
         assert row["noise"] == pytest.approx(0.2 / math.sqrt(2) * math.sqrt(8 / 32))
         assert row["own"] == {"beta": 0.1} and row["last"] == pytest.approx(1.08)
+
+
+def test_the_table_of_a_gpu_is_made_on_a_cpu(base, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """red: the warm-up counted; a row that failed left out; 6 N for adapters."""
+    monkeypatch.setattr(sys, "executable", f"{base}/bin/python")
+    argv = ["--device", "cpu", "--models", "tiny", "--rows", "dpo, cached", "dpo, LoRA", "--steps", "2"]
+    argv += ["--warmup", "1", "--flags", "--dtype float32 --activation-checkpointing none"]
+    gpu.main([*argv, "--out", str(tmp_path / "new" / "folder")])
+    said = capsys.readouterr().out
+    assert (tmp_path / "new" / "folder" / "gpu.md").read_text(encoding="utf-8") in said
+    rows = json.loads(said.splitlines()[-1])["rows"]
+    assert list(rows) == ["tiny, dpo, cached", "tiny, dpo, LoRA"]
+    cached, adapted = rows.values()
+    assert cached["tokens"] == adapted["tokens"] and {cached["how"], adapted["how"]} == {"none"}
+    for row, share in ((cached, 1), (adapted, 6 / 4)):  # with a live reference 2 N of 6 or of 4 more
+        plain, with_reference, _ = row["mfu"]
+        assert plain > 0 and row["tok_per_s"] > row["tokens"] / row["step_s"] / 3
+        assert with_reference == pytest.approx(plain * share)
+    table = [line for line in said.splitlines() if line.startswith("| tiny")]
+    assert len(table) == 2 and all(line.count("|") == 12 for line in table)
+    gpu.main([*argv[:4], "--rows", "sft", "--steps", "1", "--warmup", "0", "--flags", "--lr -1"])
+    assert "| tiny | sft | error: --lr: must be > 0" in capsys.readouterr().out
