@@ -51,7 +51,7 @@ class Pack(NamedTuple):
         """All of it on a device, by one copy."""
         if self.ids.device == torch.device(device):
             return self
-        there = iter(_copied([part for part in (*self, *self.layout) if isinstance(part, Tensor)], device))
+        there = iter(copied([part for part in (*self, *self.layout) if isinstance(part, Tensor)], device))
         parts = [next(there) if isinstance(part, Tensor) else part for part in self]
         segments = [next(there) if isinstance(part, Tensor) else part for part in self.layout]
         return Pack(*parts)._replace(layout=attention.Layout(*segments))
@@ -62,7 +62,7 @@ class Work(NamedTuple):
     counted: bool  # False for a filler, run with weight 0 so that all ranks meet in every collective
 
 
-def _copied(parts: list[Tensor], device: torch.device | str) -> list[Tensor]:
+def copied(parts: list[Tensor], device: torch.device | str) -> list[Tensor]:
     """Tensors on a device, as views of one buffer. It goes there in one piece, and out of pinned memory where
     that is a GPU's, so that the host need not wait for what the GPU still does."""
     rooms = [-(-part.nbytes // 16) * 16 for part in parts]  # no view begins within a number of another's

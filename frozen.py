@@ -41,8 +41,8 @@ def of_reference(
         return hidden_states(reference, pack) if reference else None
     if strange or reference.states is None:
         kept = reference.strangers if strange else reference.logps
-        return torch.from_numpy(kept[pack.tokens]).to(pack.ids.device)
-    rows = torch.from_numpy(reference.states[pack.tokens]).to(pack.ids.device)
+        return batch.copied([torch.from_numpy(kept[pack.tokens])], pack.ids.device)[0]
+    rows = batch.copied([torch.from_numpy(reference.states[pack.tokens])], pack.ids.device)[0]
     return rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows
 
 

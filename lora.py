@@ -235,7 +235,8 @@ def _targets(lm: nn.Module, chosen: str) -> tuple[list[str], bool]:
     named = dict(lm.named_modules())
     linear = {n for n, m in named.items() if id(m) in body and isinstance(m, (nn.Linear, Conv1D))}
     ends = sorted({name.rpartition(".")[2] for name in linear})
-    chosen_ends = ends if chosen == "all-linear" else [part.strip() for part in chosen.split(",")]
+    every = chosen == "all-linear"
+    chosen_ends = peft_files.unfused(lm, ends) if every else [part.strip() for part in chosen.split(",")]
     found = {end: {n for n in named if n == end or n.endswith(f".{end}")} for end in chosen_ends}
     for end, names in found.items():
         if not names:

@@ -502,8 +502,8 @@ def grpo(
         raise ValueError(f"epsilon must be in (0, 1), got {epsilon}")
     _positive(std_floor=std_floor)
     _not_negative(beta=beta)
-    groups = int(group.max()) + 1
-    members = scores.new_zeros(groups).index_add(0, group, torch.ones_like(scores))  # (G,)
+    groups = len(scores)  # at most so many: what the host knows without waiting for `group`
+    members = scores.new_zeros(groups).index_add(0, group, torch.ones_like(scores)).clamp(min=1)  # (G,)
     mean = scores.new_zeros(groups).index_add(0, group, scores) / members  # (G,)
     centred = scores - mean[group]  # (R,)
     variance = scores.new_zeros(groups).index_add(0, group, centred.square()) / members  # (G,)

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import added
 import files
@@ -40,6 +40,18 @@ def peft() -> Any:
     except ImportError:
         raise ValueError(MISSING) from None
     return peft
+
+
+def unfused(lm: nn.Module, ends: list[str]) -> list[str]:
+    """The names of linear layers that peft takes for such: in a mixture whose first blocks are dense it takes
+    `up_proj` for that of the experts, which are one tensor now."""
+    if not ends:
+        return ends
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    made = peft().LoraConfig(target_modules=ends)
+    convert_peft_config_for_transformers(made, lm, None)
+    return [end for end in ends if end in made.target_modules]
 
 
 def read(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:

@@ -14,9 +14,15 @@ import pytest
 import torch
 from conftest import launch
 from safetensors.torch import load_file
-from test_attention import CONFIGS, PACK, POSITIONS, VOCABULARY, error, padded, softmax_in_fp64  # noqa: F401
+from test_attention import CONFIGS, GROUPED, PACK, POSITIONS, VOCABULARY, error, padded, softmax_in_fp64  # noqa: F401
 from test_config import exit_code, write_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+)
 
 import added
 import align
@@ -66,16 +72,22 @@ def nothing_to_save():
 ADDED = [(name, range(VOCABULARY - 9, VOCABULARY - 6)) for name in ("gemma3", "gpt2", "gpt-neox")]
 
 
-@pytest.mark.parametrize("name, tokens", [(name, range(0)) for name in CONFIGS] + ADDED)
+# a mixture whose first block is dense: peft takes its up_proj for the experts'
+DENSE_FIRST = {"mlp_only_layers": [0], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MODELS = CONFIGS | {"qwen3-moe": lambda: Qwen3MoeConfig(**GROUPED, **DENSE_FIRST, head_dim=8)}
+
+
+@pytest.mark.parametrize("name, tokens", [(name, range(0)) for name in MODELS] + ADDED)
 @pytest.mark.usefixtures("group", "softmax_in_fp64")
-def test_gradients_reference_and_exports_equal_pefts_own(name, tokens, tmp_path):
+def test_gradients_reference_and_exports_equal_pefts_own(name, tokens, tmp_path, monkeypatch):
     """Of a packed batch in fp64 against padded rows through PeftModel; then what lies on disk, in fp32, and
     what a policy in training gives to generate from. With tokens, their rows are trained too."""
     # red: merge without the scaling; GPT-2's deltas not transposed; the adapters left on in Reference; the
     # head trained; alpha for alpha / r; embed_scale left out of added._embed; the head's hook left out; the
-    # rows of an untied head taken for those of its embedding
+    # rows of an untied head taken for those of its embedding; every linear layer's name given to peft
+    monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)  # not in fp64
     torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
+    plain = AutoModelForCausalLM.from_config(MODELS[name](), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

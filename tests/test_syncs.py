@@ -3,6 +3,7 @@
 A mode sees every operation, those of the backward pass too. `red:` names a change that turns a test red.
 """
 
+import argparse
 import collections
 import contextlib
 import json
@@ -26,8 +27,9 @@ import model
 import objective
 import precision
 import risk
+import rundir
 import sft
-from frozen import freeze, hidden_states
+from frozen import Cached, freeze, of_reference
 
 CUDA = torch.cuda.is_available()
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +37,7 @@ VOCABULARY = 49_152  # of a size at which the head's tiles are of 21 positions
 # Operations whose result's shape or value the host must know before it goes on.
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "bincount", "masked_select", "unique_dim", "_unique2"}
 # Calls that bring numbers to the host, or from Python to the device.
-CALLS = {"tolist", "cpu", "numpy", "tensor", "as_tensor", "from_numpy", "new_tensor", "item"}
+CALLS = {"tolist", "cpu", "numpy", "tensor", "as_tensor", "new_tensor", "item"}
 
 
 class Dispatched(TorchDispatchMode):
@@ -69,7 +71,8 @@ class Called(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        moved = name == "to" and any(isinstance(part, (torch.device, str)) for part in args)
+        behind = (kwargs or {}).get("non_blocking")  # batch.copied, out of pinned memory
+        moved = name == "to" and not behind and any(isinstance(part, (torch.device, str)) for part in args)
         if name in CALLS - {"item"} or moved:
             self.found[name] += 1
         return func(*args, **(kwargs or {}))
@@ -109,8 +112,9 @@ def examples():
     return made
 
 
-def step_of_align(base, loss, *flags, device="cpu"):
-    """One optimiser step of align.py as its loop makes it -> (waits of the micro-batches, of the rest)."""
+def step_of_align(base, loss, *flags, device="cpu", cached=False):
+    """One optimiser step of align.py as its loop makes it -> (waits of the micro-batches, of the rest). With
+    `cached`, what the reference says is read: log-probabilities, or states for a loss of distributions."""
     argv = ["--model", str(base), "--data", "none", "--out", "none", "--loss", loss, *flags]
     asked = objective.make_objective(align.parse_args(argv))
     policy = model.load(str(base), torch.float32, 64, "random")
@@ -127,9 +131,11 @@ def step_of_align(base, loss, *flags, device="cpu"):
     packs = batch.packs(given, work, how, place)
     strangers = batch.packs(given.mismatched(np.array([1, 2, 0]), 64), work, how, place)
     delta = torch.zeros((), device=device)
+    if cached:
+        states = np.zeros((given.slots, 16), np.float32) if asked.measure else None
+        reference = Cached(np.zeros(given.slots, np.float32), states, reference.head, None)
     with counted() as inside:
-        with torch.no_grad():
-            states = hidden_states(reference, packs[0]) if reference else None
+        states = of_reference(reference, packs[0])
         out, stats = align.forward(asked, policy, reference, packs[0], states, *freeze_of(asked, packs, delta))
         (out.losses @ asked.weights(packs[0]) / 3).backward()
         tallies = [align.tally(asked, out, stats, packs[0])]
@@ -141,6 +147,9 @@ def step_of_align(base, loss, *flags, device="cpu"):
             freeze(asked, policy, reference, packs, strangers, delta)
         objective.means(tallies)
         fsdp.clip_gradients(policy.lm, 1.0)
+        if policy.value_head is not None:
+            fsdp.clip_gradients(policy.value_head, 1.0)
+        rundir.leave_if_told(argparse.Namespace(), policy, None, {}, None, place, 1)
     return inside, outside
 
 
@@ -160,19 +169,23 @@ LOSSES = {
     "erm": ("ra_dpo1", "--risk", "erm"),
     "published": ("ra_dpo1", "--risk", "published"),
     "ppo": ("ppo",),
+    "grpo": ("grpo",),
 }
+CACHED = ("dpo", "cvar")
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_micro_batch_of_align_waits_and_a_step_does_twice(base, name, monkeypatch):
+@pytest.mark.parametrize("name, cached", [(n, False) for n in LOSSES] + [(n, True) for n in CACHED])
+def test_no_micro_batch_of_align_waits_and_a_step_does_twice(base, name, cached, monkeypatch):
     # red: batch.summed by new_tensor; compare by index; the layout made in hidden_states; a bincount in
-    # losses.advantages; published's cuts by repeat_interleave
+    # losses.advantages; published's cuts by repeat_interleave; grpo's groups counted; cached values by .to;
+    # fsdp.largest on the device where there is one rank (several wait there once more)
     monkeypatch.setattr(risk, "_by_histogram", risk._by_bisection)  # as elsewhere than on a CPU
-    inside, outside = step_of_align(base, *LOSSES[name])
+    inside, outside = step_of_align(base, *LOSSES[name], cached=cached)
     assert inside == {}
-    # the means that are logged, the gradient's norm; kto and ppo: what phase A fixes, of all ranks
+    # the means that are logged, the gradient's norm; kto and ppo: what phase A fixes, of all ranks; ppo's
+    # critic has a norm of its own
     phases = 1 + (name in ("kto", "ppo"))
-    assert outside == {"tolist": phases, "_local_scalar_dense": 1}
+    assert outside == {"tolist": phases, "_local_scalar_dense": 1 + (name == "ppo")}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -229,7 +242,7 @@ def test_a_pack_goes_to_a_device_in_one_copy_and_arrives_as_it_was():
     moved = [part for part in (*there, *there.layout) if isinstance(part, torch.Tensor)]
     assert [(p.shape, p.dtype) for p in moved] == [(p.shape, p.dtype) for p in parts]
     assert {part.device.type for part in moved} == {"meta"}
-    assert all(map(torch.equal, batch._copied(parts, "cpu"), parts))
+    assert all(map(torch.equal, batch.copied(parts, "cpu"), parts))
 
 
 def test_the_check_of_the_start_allows_nothing_here_and_a_share_on_cuda(monkeypatch):
