@@ -28,6 +28,7 @@ import checkpoint
 import config
 import data
 import encode
+import estimate
 import export
 import fit
 import fsdp
@@ -35,7 +36,6 @@ import generation
 import loading
 import lora
 import losses
-import memory
 import model
 import preflight
 import progress
@@ -96,7 +96,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
     lora.add_flags(made)
-    memory.add_flags(made)
+    estimate.add_flags(made)
     config.add_run_flags(made)
     config.add_hyperparameters(made, LOSSES | HELPERS, "hyper-parameters of --loss, and what goes with it")
     config.add_hyperparameters(made, RISKS, "parameters of --risk")
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32
         policy = model.outline(args.model, masters, *options, reward_model=objective.scores)
-        memory.refuse(args, train.lengths, device, world_size, say, objective)
+        estimate.refuse(args, train.lengths, device, world_size, say, objective)
         same_weights = objective.has_reference and lora.equal_at_start(args)
         kept = references.find(args, objective, train, evaluated, policy, say)
         reference = None
@@ -347,17 +347,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         delta = running_mean(running, device)  # ()
+        began = time.perf_counter()  # before a GPU's last update has ended, for `leave` may wait for it
         leave(step)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
             log(judge(delta, lambda: leave(step)) | {"step": step})
             show(step)
+            began = time.perf_counter()
         if args.save_every and step % args.save_every == 0 and step > start:
             rundir.save(args, step, policy, optimizer, made, extra)
+            began = time.perf_counter()
 
-        began = time.perf_counter()
         if update == 0:
-            shares = plan[index]  # of the ranks
-            works = shares[rank]
+            shares, works = plan[index], plan[index][rank]  # of all ranks, of this one
             counted = [g for share in shares for work in share if work.counted for g in work.groups]
             number = objective.number(train, units, counted)
             packs = strangers = batch.packs(train, works, how, device)
@@ -399,8 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(row | {f"{unit}_per_s": many / seconds, "responses_per_s": train.sizes[counted].sum() / seconds})
 
     if evaluated:
-        delta = running_mean(running, device)  # ()
-        log(judge(delta, lambda: leave(total)) | {"step": total})
+        log(judge(running_mean(running, device), lambda: leave(total)) | {"step": total})
         show(total)
     if total > 0:
         if args.save_every:

@@ -81,6 +81,8 @@ def refuse(config: Any, device: str, dtype: torch.dtype) -> None:
     device in this dtype. A CPU computes everything, and so does CUDA in fp32, slowly."""
     if device != "cuda" or dtype == torch.float32:
         return
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < precision.AMPERE:
+        raise ValueError("CUDA's 16-bit kernels need a GPU from Ampere on; --dtype float32 takes any, slowly")
     text = config.get_text_config()
     sizes = {name: getattr(text, name, None) or 0 for name in ("head_dim", "global_head_dim", "v_head_dim")}
     sizes["plain"] = text.hidden_size // text.num_attention_heads if not sizes["head_dim"] else 0

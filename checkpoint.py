@@ -219,8 +219,11 @@ def resume(
         raise ValueError(f"--steps {total}: {path} is beyond that; choose another --out")
     _compare(path, record["args"], args, free)
     state = _state(model, optimizer) | (extra or {})
-    if record["world_size"] != fsdp.ranks()[1]:
-        state = {key: value for key, value in state.items() if not key.startswith("rng_")}
+    same = record["world_size"] == fsdp.ranks()[1]
+    held = metadata.read(path).state_dict_metadata
+    # of other ranks' random numbers none; a run on a CPU has none of a GPU's
+    absent = {k for k in state if k.startswith("rng_") and not (same and (k in held or "cuda" not in k))}
+    state = {key: value for key, value in state.items() if key not in absent}
     _read(path, state)
     for name, value in state.items():
         if name.startswith("rng_"):

@@ -24,6 +24,7 @@ import torch
 
 import checkpoint
 import config
+import estimate
 import files
 import fsdp
 import memory
@@ -31,6 +32,7 @@ import precision
 
 TOKENS, MOST = 4096, 65_536  # of a micro-batch
 ENOUGH = 8192
+TIGHT = 0.98  # of what there is: until estimate.refuse asks again, the libraries of a run take some
 DTYPES = ("bfloat16", "float32")
 WAYS = ("none", "ops", "selective", "full")  # --activation-checkpointing
 # What is chosen from, the cheapest in time first. "ops" keeps as much as "selective", and Python sees each of
@@ -45,6 +47,7 @@ class Choice(NamedTuple):
 
 def resolve(args: argparse.Namespace) -> None:
     """What the flags alone decide, in place: --dtype where none says it. Fails in one line."""
+    os.environ |= fsdp.allocator_settings(os.environ)  # before the device is asked for anything
     args.dtype = args.dtype or _dtype(args)
     if args.compile and args.activation_checkpointing == "ops":
         config.fail("--activation-checkpointing ops knows no compiled products", right="--compile false")
@@ -68,7 +71,7 @@ def settle(
     if None not in (args.tokens_per_microbatch, args.activation_checkpointing):
         return
     cuda = device.type == "cuda"
-    room = -fsdp.largest(-int(memory.limit_of(args, cuda)), device)
+    room = TIGHT * estimate.room(args, device)
     said = 0
     if fsdp.ranks()[0] == 0:
         found = choose(args, lengths, ranks, objective, room if cuda else None, _before(args))
@@ -78,11 +81,11 @@ def settle(
 
 
 def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = None) -> None:
-    """--plan: memory.report of what would be chosen; raises what that does."""
+    """--plan: estimate.report of what would be chosen; raises what that does."""
     lengths, ranks, cuda = planned = _planned(args, objective)
-    room = memory.limit_of(args, cuda) if cuda else None
+    room = estimate.limit_of(args, cuda) if cuda else None
     chosen = _with(args, choose(args, lengths, ranks, objective, room))
-    memory.report(chosen, say, objective, _with(args, Choice(TOKENS, ORDER[-1])), planned)
+    estimate.report(chosen, say, objective, _with(args, Choice(TOKENS, ORDER[-1])), planned)
 
 
 def _planned(args: argparse.Namespace, objective: Any) -> tuple[list[int], int, bool]:
@@ -111,7 +114,7 @@ def choose(
         return least
     try:
         whole, other = memory.bodies(args, objective)
-    except ValueError:  # it cannot be counted, as memory.refuse will say
+    except ValueError:  # it cannot be counted, as estimate.refuse will say
         return least
 
     def run(tokens: int, way: str) -> memory.Run:

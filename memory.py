@@ -1,13 +1,9 @@
-"""The plan before the run: memory a rank, tokens, FLOPs, time, disk and GPUs, by arithmetic alone.
-
-    python align.py ... --plan             of one run, and end; a config.json is enough, no data are read
-    python align.py ... --plan 0.3 --gpus 8 --memory 80      on 8 GPUs of 80 GB, at 30 % of their peak rate
-    python bench/how_big.py                how big can one go: a table
+"""What a run takes, counted before it: memory of a rank and FLOPs of a step, by arithmetic alone. What is
+said of it: estimate.py.
 
     body      a configuration -> Body: shapes of weights, and what a token costs, of a model on no device
     need      Body, Run -> bytes of a rank by part, at the moment that takes most
-    report    --plan, of flags that fit.py has completed
-    refuse    the start of a run: what it needs in one line, and none that cannot fit
+    flops     of a step
 
 Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equal pieces, the last one
 padded, over the ranks of one of --replicate's groups. What is trained has fp32 masters, gradients and two
@@ -17,7 +13,7 @@ the head is at work. Activations are what autograd saves of each block, recorded
 whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32 logits, the fp32
 accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete: the head, the
 backward of the last block (all other activations are still there), and that of the embeddings (all gradients
-are); on a CPU the export, too. What is not counted, RUNTIME, GAPS and SPARE, are the constants here.
+are); on a CPU the export, too. What is not counted is in the constants, here SPARE.
 
 Left out: the KV cache of --sample-prompts, kernels' own work space.
 """
@@ -26,7 +22,6 @@ import argparse
 import copy
 import functools
 import math
-import os
 from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
@@ -36,7 +31,6 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import config
 import fsdp
 import loading
 import lora
@@ -45,16 +39,11 @@ import vocab
 
 NAME = "counted"  # of the attention that computes nothing
 PROBE = 1024  # tokens of the pass: enough for what does not grow with them to count for nothing
-# Beside the tensors, of a process on a CPU: the tokenizer, code that is loaded late, compiled products and
-# stacks; and gaps of the heap, a share of what is counted. Measured by bench/peak.py.
-RUNTIME, GAPS = 0.12e9, 0.12
-# Of a GPU's memory, for CUDA's context, NCCL's buffers and the allocator's gaps. Not measured here.
+# Of a GPU's memory, for CUDA's context, NCCL's buffers and the allocator's gaps.
 SPARE = 0.08
 # GB of memory: a card that has it, and its dense bf16 TFLOP/s by its data sheet.
 CARDS = {24: ("RTX 4090", 165), 40: ("A100", 312), 80: ("H100", 989), 141: ("H200", 989), 192: ("B200", 2250)}
 MOST_RANKS = 1024
-SHARE = 0.5  # of the tokens that are trained, where no data say it
-ROW_BYTES = 5  # of a token in --token-cache: its id and whether it is trained
 TWINS = ("live", "adapters", "hidden")  # references whose states meet the head
 # The adapters that are advised, and those of the table.
 ADAPTERS = {
@@ -306,79 +295,6 @@ def flops(body: Body, run: Run, tokens: float, trained: float, keys: float) -> f
     return (body.flops * tokens + attention) * passes + attention * (2 - backward) + of_head * products
 
 
-# ---- what is said of it
-# -----------------------------------------------------------------------------------------------------------
-
-
-def add_flags(made: argparse.ArgumentParser) -> None:
-    """The flags of a plan, for a training script."""
-    group = made.add_argument_group("plan")
-    add = group.add_argument
-    # fmt: off
-    plan = "say what a run would need, and end; the rate is that of the GPUs' peak which time is counted at"
-    add("--plan", type=config.positive, nargs="?", const=0.4, default=None, metavar="RATE", help=plan)
-    add("--gpus", type=config.count, default=None, help="of a plan; None: as many as ranks")
-    add("--memory", type=config.positive, default=None, help="GB that a rank has; None: of this machine")
-    add("--yes", type=config.boolean, default=False, help="start what cannot fit into memory or on a disk")
-    # fmt: on
-
-
-def report(
-    args: argparse.Namespace, say: Callable, objective: Any, least: argparse.Namespace, planned: tuple
-) -> None:
-    """--plan: say what a run of these flags would take; no data are read. `objective` None: sft.py; `least`
-    are the flags with which it takes the least; `planned` are tokens of each group, ranks, and whether those
-    are GPUs. Raises ValueError for a model directory without a configuration."""
-    whole, other = bodies(args, objective)
-    lengths, ranks, cuda = planned
-    run = run_of(args, objective, lengths, ranks, cuda)
-    total, trained = numbers(whole.weights), numbers([w for w in whole.weights if w.trained])
-    say(f"{args.model}: {total:,} parameters, {trained:,} of them trained; {len(whole.blocks)} blocks, "
-        f"width {whole.head[1]}, {whole.head[0]} ids")  # fmt: skip
-    parts = _parts(whole, run, other)
-    say(f"memory of a rank, {ranks} in all: {_gb(parts)} = " + _listed(parts))
-    say(f"shards: {balance(whole, run.ranks):.3f} times an equal share of the weights")
-    tokens = sum(lengths)
-    work = flops(whole, run, tokens, SHARE * tokens, args.max_length / 2)
-    steps = "" if args.steps is None else f"; {args.steps} steps, {args.steps * work:.3g} FLOP"
-    say(f"a step: up to {tokens} tokens in {run.microbatches} micro-batches a rank, {work:.3g} FLOP{steps}")
-    say(f"with {_chosen(args)}")
-    disk = f"disk: a checkpoint {12 * trained / 1e9:.3g} GB, final/ up to {4 * total / 1e9:.3g} GB"
-    if args.steps is not None:
-        disk += f", rows in --token-cache about {args.steps * tokens * ROW_BYTES / 1e9:.2g} GB"
-    say(disk)
-    alone = run_of(least, objective, lengths, 1, True)
-    for size, (card, rate) in CARDS.items():
-        least = fewest(whole, alone, size, other)
-        if least is None:
-            say(f"{card}, {size} GB: not on {MOST_RANKS}")
-            continue
-        least *= args.replicate
-        seconds = work / (args.plan * rate * 1e12 * least)
-        time = f"{seconds:.3g} s a step" + (f", {args.steps * seconds / 3600:.3g} h" if args.steps else "")
-        say(f"{card}, {size} GB: {least} at least, {time} at {args.plan:.0%} of {rate} TFLOP/s (computed)")
-    limit = limit_of(args, cuda)
-    if sum(parts.values()) > limit:
-        say(f"does not fit into {limit / 1e9:.3g} GB: {_advice(args, objective, lengths, run, limit)}")
-
-
-def refuse(
-    args: argparse.Namespace, lengths: Any, device: torch.device, ranks: int, say: Callable, objective: Any
-) -> None:  # fmt: skip
-    """Say what a rank of a run needs; `lengths` are tokens of each group. Raises ValueError for one that
-    cannot fit into its memory, unless --yes."""
-    try:
-        whole, other = bodies(args, objective)
-    except ValueError as error:  # an operation that needs numbers: the model may train all the same
-        return say(f"what it needs cannot be counted ({error})")
-    run = run_of(args, objective, lengths, ranks, device.type == "cuda")
-    parts, limit = _parts(whole, run, other), limit_of(args, run.cuda)
-    say(f"needs about {_gb(parts)} a rank of {limit / 1e9:.3g} with {_chosen(args)}: {_listed(parts)}")
-    if sum(parts.values()) > limit and not args.yes:
-        advice = _advice(args, objective, lengths, run, limit)
-        raise ValueError(f"needs {_gb(parts)} a rank, there are {limit / 1e9:.3g} ({advice}; or --yes true)")
-
-
 def fewest(body: Body, run: Run, memory: float, other: Body | None = None) -> int | None:
     """The fewest GPUs, a power of 2, of so many GB each on which a run fits; None if it does on none."""
     for ranks in (2**k for k in range(MOST_RANKS.bit_length())):
@@ -420,54 +336,3 @@ def run_of(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, c
         not (objective and objective.scores), cuda, args.micro_batch_sync,
         bool(getattr(args, "offload", None)), bool(args.save_async and args.save_every),
     )  # fmt: skip
-
-
-def _parts(body: Body, run: Run, other: Body | None) -> dict[str, float]:
-    """What a rank needs of its GPU's memory, or of the machine's."""
-    parts = need(body, run, other)
-    return parts | ({} if run.cuda else {"runtime": RUNTIME + GAPS * sum(parts.values())})
-
-
-def limit_of(args: argparse.Namespace, cuda: bool) -> float:
-    """Bytes that a rank may take: of a GPU less SPARE, or what others leave of it; of a host's its part."""
-    if args.memory is not None:
-        return args.memory * 1e9 * (1 - SPARE)
-    if cuda:
-        free, total = torch.cuda.mem_get_info()
-        return min(total * (1 - SPARE), free + torch.cuda.memory_reserved())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _advice(args: argparse.Namespace, objective: Any, lengths: Any, run: Run, limit: float) -> str:
-    """What makes a run fit, the cheapest in time first: one change after another until it does."""
-    whole, other = bodies(args, objective)
-    ranks, said = run.ranks * args.replicate, []
-    more = [{"gpus": 2**k} for k in range(MOST_RANKS.bit_length()) if 2**k > ranks]
-    steps = [{"tokens_per_microbatch": args.max_length}, {"activation_checkpointing": "full"}]
-    for change in [*steps, *[ADAPTERS] * (not lora.wanted(args)), *more]:
-        key, value = next(iter(change.items()))
-        if getattr(args, key) == value:
-            continue
-        args = argparse.Namespace(**vars(args) | change)
-        said = [word for word in said if not word.startswith("--gpus")]
-        said.append(f"--{key.replace('_', '-')} {value}")
-        if change is ADAPTERS:
-            whole, other = bodies(args, objective)
-        run = run_of(args, objective, lengths, args.gpus or ranks, run.cuda)
-        if sum(_parts(whole, run, other).values()) <= limit:
-            return "fits with " + " ".join(said)
-    return "fits with nothing known here"
-
-
-def _chosen(args: argparse.Namespace) -> str:
-    flags = ("tokens_per_microbatch", "activation_checkpointing")
-    return " ".join(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in flags)
-
-
-def _gb(parts: dict[str, float]) -> str:
-    return f"{sum(parts.values()) / 1e9:.2f} GB"
-
-
-def _listed(parts: dict[str, float]) -> str:
-    return " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)

@@ -11,13 +11,18 @@ from typing import Iterator
 
 import torch
 
+AMPERE = (8, 0)  # the first GPUs with bf16, and those that flash attention's kernels are for
+
 
 def usual(device: str) -> str:
     """The --dtype of a run that names none: bfloat16 where `device` multiplies it. A CPU without AVX-512 does
-    so in a plain loop (AVX2: 0.9 GFLOP/s, 61 in fp32)."""
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    so in a plain loop (AVX2: 0.9 GFLOP/s, 61 in fp32), a GPU before Ampere not at all."""
+    here = torch.cuda.is_available()
+    if device == "cuda" or (device == "auto" and here):
+        old = here and torch.cuda.get_device_capability() < AMPERE
+        return "float32" if old else "bfloat16"
     cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if cuda or cpu else "float32"
+    return "bfloat16" if cpu else "float32"
 
 
 @contextlib.contextmanager

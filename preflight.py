@@ -4,7 +4,7 @@
     agree     before a model is made: do all nodes run the same code on the same rows?
     report    --check: one screen of what would be trained, and on what; and whether packing suits the model
 
-Left out: whether the run fits into memory (memory.py).
+Left out: whether the run fits into memory (estimate.py).
 """
 
 import argparse

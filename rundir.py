@@ -393,7 +393,7 @@ def progress(row: dict[str, Any], total: int) -> str:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory in GB: of the GPU where there is one, else the resident set of the whole process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+    """Peak memory in GB: of the GPU where one is used, else the resident set of the whole process."""
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return peak / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -28,6 +28,7 @@ import checkpoint
 import config
 import data
 import encode
+import estimate
 import export
 import fit
 import fsdp
@@ -35,7 +36,6 @@ import generation
 import loading
 import lora
 import losses
-import memory
 import model
 import preflight
 import progress
@@ -81,7 +81,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=config.count_or_zero, default=0)
     # fmt: on
     lora.add_flags(made)
-    memory.add_flags(made)
+    estimate.add_flags(made)
     config.add_run_flags(made)
     args = config.parse(made, argv)
     fit.resolve(args)
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         policy = model.outline(
             args.model, masters, *options, vocabulary=len(tokenizer) * (args.method == "csft")
         )
-        memory.refuse(args, train.lengths, device, world_size, say, None)
+        estimate.refuse(args, train.lengths, device, world_size, say, None)
         model.check_vocabulary(tokenizer, policy)
         if lora.wanted(args):
             lora.add(policy, args, say, tokens=range(before, len(tokenizer)))
@@ -233,14 +233,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
+        began = time.perf_counter()  # before a GPU's last update has ended, for `leave` may wait for it
         leave(step)
         if evaluated and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
             log(evaluate(policy, evaluated, args, device, lambda: leave(step)) | {"step": step})
             show(step)
+            began = time.perf_counter()
         if args.save_every and step % args.save_every == 0 and step > start:
             rundir.save(args, step, policy, optimizer, made)
+            began = time.perf_counter()
 
-        began = time.perf_counter()
         shares = plan[index]  # of the ranks
         works = shares[rank]
         counted = [group for share in shares for work in share if work.counted for group in work.groups]

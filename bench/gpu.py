@@ -222,7 +222,7 @@ def profiled(argv: list[str]) -> None:
         profiler.stop()
         found, longest = dict.fromkeys([*KINDS, "other kernels"], 0.0), {}
         for event in profiler.events():
-            if event.device_type.name == "CUDA":
+            if event.device_type.name == "CUDA" and not event.is_user_annotation:  # spans of kernels
                 kind = next((k for k, names in KINDS.items() if re.search(names, event.name)), "other kernels")
                 found[kind] += event.device_time
                 longest[event.name[:90]] = longest.get(event.name[:90], 0) + event.device_time
@@ -272,7 +272,8 @@ def measure_trl(label: str, place: Place, tokens: Sequence[int], args: argparse.
     found = run_trl(args.trl_python, job, place.pairs)
     if "failed" in found:
         return found
-    spent, counts = found["seconds"][args.warmup :], tokens[many * args.warmup : many * total]
+    counts = tokens[many * args.warmup : many * total]
+    spent = found["seconds"][args.warmup :][: len(counts) // many]
     rate, step = sum(counts) / sum(spent), statistics.median(spent)
     shown = {"how": "none", "tok_per_s": rate, "step_s": step, "tokens": sum(counts) / len(spent)}
     return shown | {"gb": found["peak_gb"]}

@@ -142,7 +142,7 @@ def choose_pairs(model: str, source: str, number: int, folder: Path) -> tuple[Pa
             sft_tokens.append(len(found.prompt) + len(found.completions[0]))
         if len(kept) == number:
             break
-    order = batch.epoch_order(number, 0, 0)
+    order = batch.epoch_order(len(kept), 0, 0)  # fewer, where so many do not fit
     for name, rows in (("ours", kept), ("trl", [kept[index] for index in order])):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -147,8 +147,9 @@ def differences(rows: Iterable[Row], columns: dict[str, tuple[str, str]], base: 
 
 def at_equal_drift(rows: Iterable[Row]) -> str:
     """As Markdown: how far the curve of a method lies above dpo's at the same KL(policy || reference), mean
-    over seeds and 95 % interval (Student's t on the differences by seed). A curve joins the reference and a
-    seed's runs by lines over the root of KL; it is not drawn on beyond its last run."""
+    over seeds and 95 % interval (Student's t on the differences by seed). A curve joins a seed's runs by lines
+    over the root of KL, and is drawn neither beyond its last nor before its first: from the reference on, the
+    line itself would be the difference. Only drifts that the runs of all seeds of both lie around."""
     rows = list(rows)
     names = " | ".join(f"{MEASURES[key][0]}" for key, _ in PANELS)
     lines = [f"| method, less dpo | KL | seeds | {names} |", "|---" * (len(PANELS) + 3) + "|"]
@@ -158,7 +159,7 @@ def at_equal_drift(rows: Iterable[Row]) -> str:
             for key, _ in PANELS:
                 ours, theirs = (_on_curve(rows, name, key, drift) for name in (method, "dpo"))
                 found = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-                number = len(found)
+                number = len(found) if set(ours) >= set(theirs) or set(theirs) >= set(ours) else 0
                 cells.append(with_interval(found))
             if number:
                 lines.append(f"| {method} | {drift:g} | {number} | " + " | ".join(cells) + " |")

@@ -3,6 +3,7 @@ elsewhere."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,7 +162,9 @@ def test_a_resumed_run_goes_on(tmp_path, flags):
     whole = train(tmp_path / "whole", "dpo", "--steps", "4", *flags)
     stopped = [*flags, "--save-every", "2"]
     train(tmp_path / "cut", "dpo", "--steps", "4", *stopped)
+    shutil.rmtree(tmp_path / "cut" / "run" / "final")  # or there is nothing to do
     rows = train(tmp_path / "cut", "dpo", "--steps", "4", *stopped, "--resume", "step-2")
+    assert list((tmp_path / "cut" / "run").glob(".aside-step-4*")), "it did not go on from step 2"
     assert [row["step"] for row in rows][-2:] == [2, 3]
     for one, other in zip(whole[-2:], rows[-2:]):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)

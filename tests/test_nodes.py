@@ -143,6 +143,17 @@ def test_a_stage_that_fails_ends_the_job(base, tmp_path):
     assert "requeue" not in (base / "scontrol").read_text().split("\n")[-2] and not (tmp_path / "align").exists()
 
 
+def test_a_stage_that_ends_without_a_model_is_not_queued_again(base, tmp_path):
+    # red: no look at status.json; a look at what stood there before
+    (tmp_path / "sft").mkdir()
+    for told in ("", '{"state": "saved", "step": 2, "time": 0}'):
+        (tmp_path / "sft" / "status.json").write_text(told)
+        job = batch(base, tmp_path, SFT=flags(base, "sft", 4, tmp_path) + " --check", ALIGN="none")
+        assert job.wait(120) == 1
+        assert "sft.py has ended without" in (base / "job.log").read_text().splitlines()[-1]
+    assert "requeue" not in (base / "scontrol").read_text().split("\n")[-2] and not (tmp_path / "align").exists()
+
+
 def test_an_allocation_runs_a_script_on_every_process(base):
     # red: no RANK; the exit code of srun not handed on
     env = job_environment(base, base)
