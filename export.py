@@ -151,8 +151,9 @@ def _write(
     kind = AutoModelForSequenceClassification if hasattr(lm, "score") else AutoModelForCausalLM
     with torch.device("meta"):
         skeleton = kind.from_config(settings, dtype=dtype, attn_implementation="eager")
-    if kind is AutoModelForCausalLM:
-        skeleton.generation_config = lm.generation_config
+    generates = skeleton.can_generate()
+    if generates:  # its own goes past transformers, which refuses some that it has read once they have changed
+        skeleton.generation_config = GenerationConfig()
     kept = {name: dtype if value.is_floating_point() else value.dtype for name, value in state.items()}
     kept |= {f"lm.{name}": buffer.dtype for name, buffer in skeleton.named_buffers()}  # some stay in fp32
     body = {
@@ -163,6 +164,8 @@ def _write(
     named = _matched(lm, skeleton, body)
     with _replacing(out) as beside:
         skeleton.save_pretrained(beside, state_dict={})  # all but the weights
+        if generates:
+            lm.generation_config.to_json_file(beside / "generation_config.json")
         _save_along(_write_weights(skeleton, named, wholes, out, beside), tokenizer, beside)
 
 

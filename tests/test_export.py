@@ -83,6 +83,25 @@ def test_generation_stops_at_the_end_of_turn_that_was_trained(root, name, place)
         assert said == ([token] if token in ends else [token] * 2)
 
 
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"]], ids=["whole", "adapters"])
+def test_sampling_that_transformers_refuses_to_save_costs_no_training(flags, root, tmp_path):
+    """Temperatures without do_sample, as published models have them: read with a warning, and refused at a
+    save once anything else of them has changed, as the ends of turn have."""
+    # red: skeleton.generation_config = lm.generation_config, saved by save_pretrained
+    if flags:
+        pytest.importorskip("peft", reason="peft, an extra, is not installed")
+    base = shutil.copytree(root / "model", tmp_path / "base")
+    odd = {"bos_token_id": 0, "eos_token_id": 0, "temperature": 0.9, "top_p": 0.6}
+    (base / "generation_config.json").write_text(json.dumps(odd))
+    argv = ["--model", base, "--data", root / "rows.jsonl", "--steps", "1", "--save-every", "1"]
+    argv += ["--out", tmp_path / "run", "--max-length", "64", "--dtype", "float32", *flags]
+    assert exit_code(sft.main, list(map(str, argv))) is None
+    assert offline(tmp_path / "run" / "step-1", tmp_path / "out") is None
+    for place in (tmp_path / "run" / "final", tmp_path / "out"):
+        found = json.loads((place / "generation_config.json").read_text())
+        assert found == odd | {"eos_token_id": [0, 2], "transformers_version": hf.__version__}
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_head_of_its_own_is_exported_although_the_configuration_says_tied(root, name, place):
