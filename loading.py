@@ -151,9 +151,16 @@ def settings(path: str, trust_remote_code: bool = False) -> Any:
     return found
 
 
-def size(path: str, config: Any, tensors: int, numbers: int, trust_remote_code: bool = False) -> int:
+def size(
+    path: str,
+    config: Any,
+    tensors: int,
+    numbers: int,
+    trust_remote_code: bool = False,
+    weights: str = "pretrained",
+) -> int:
     """The number of a configuration's parameters. Raises ValueError for a larger model than there are weights
-    for, as `check` counts them, or, where there are none, than fits into this machine's memory."""
+    for, as `check` counts them, or, of "random" ones, than fits into this machine's memory."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     most = tensors or MAX_LAYERS
     if isinstance(layers, int) and layers > most:
@@ -165,11 +172,17 @@ def size(path: str, config: Any, tensors: int, numbers: int, trust_remote_code: 
     wanted = sum(parameter.numel() for parameter in lm.parameters())
     if tensors and wanted > 2 * numbers:
         raise ValueError(f"{path}: its configuration has {wanted} parameters, its weights {numbers}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not tensors and 4 * wanted > memory:
-        need = f"{4 * wanted / 1e9:.2g} GB in fp32, this machine has {memory / 1e9:.2g}"
-        raise ValueError(f"{path}: its {wanted} parameters take {need}")
+    if weights == "random":
+        refuse_larger(path, wanted)
     return wanted
+
+
+def refuse_larger(path: str, numbers: int) -> None:
+    """Raises ValueError for more fp32 numbers in one process than this machine's memory holds."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * numbers > memory:
+        need = f"{4 * numbers / 1e9:.2g} GB in fp32, this machine has {memory / 1e9:.2g}"
+        raise ValueError(f"{path}: its {numbers} parameters take {need}")
 
 
 def skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:

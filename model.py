@@ -125,7 +125,7 @@ def outline(
     with loading.one_line(path):
         found = loading.check(path, weights)
         config = loading.settings(path, trust_remote_code)
-        loading.size(path, config, *found, trust_remote_code)
+        numbers = loading.size(path, config, *found, trust_remote_code, weights)
         packing.check(path, config, max_length, in_training, trust_remote_code, compute, device)
         source = None
         if weights == "random":
@@ -137,6 +137,8 @@ def outline(
             loading.refuse_classifier(config, reward_model)
             lm = shards.skeleton(path, config, trust_remote_code)
             places = shards.find(path, lm, reward_model)
+            if places is None:  # rank 0 will load it whole
+                loading.refuse_larger(path, numbers)
             source = shards.Source(path, config, trust_remote_code, reward_model, vocabulary, places)
         loading.refuse_odd_stops(path, lm)
         shards.grow(lm, vocabulary)

@@ -129,15 +129,16 @@ def report(
     for path in _models(args):
         settings = loading.settings(path, args.trust_remote_code)
         tensors, numbers = loading.check(path, args.weights)
-        sizes[path] = loading.size(path, settings, tensors, numbers, args.trust_remote_code)
-        trains = (model.in_training, args.trust_remote_code, getattr(torch, args.dtype), device)
+        trust = args.trust_remote_code
+        sizes[path] = loading.size(path, settings, tensors, numbers, trust, args.weights)
+        trains = (model.in_training, trust, getattr(torch, args.dtype), device)
         packing.check(path, settings, args.max_length, *trains)
         text = settings.get_text_config()
         model.check_positions(path, text, args.max_length)
         if path == args.model:
             trained = sizes[path]
             if lora.wanted(args):
-                trained = lora.insert(loading.skeleton(settings, args.trust_remote_code), args)
+                trained = lora.insert(loading.skeleton(settings, trust), args)
             width = text.hidden_size
             if objective is not None and objective.advantages is not None:
                 trained += 2 * (width + 1) * width + width + 1

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import attention
 import fsdp
+import loading
 import lora
 import model
 
@@ -233,6 +234,33 @@ def refusal(path: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+ROOM = {  # what is refused of a machine that has not the room for it in fp32
+    "llama": ("pretrained", False), "llama, drawn": ("random", True), "mixtral": ("pretrained", True)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["directory", "hub name"])
+@pytest.mark.parametrize("name", ROOM)
+def test_what_is_never_whole_in_memory_need_not_fit_into_it(name, hub, tmp_path, monkeypatch):
+    # red: size that refuses whatever has no headers to count (a hub name); outline without refuse_larger
+    weights, refused = ROOM[name]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--hub--name" / "snapshots" / "123"
+    lm = hf.AutoModelForCausalLM.from_config(CONFIGS[name.split(",")[0]](), dtype=torch.float32)
+    lm.save_pretrained(snapshot)
+    (tmp_path / "models--hub--name" / "refs").mkdir()
+    (tmp_path / "models--hub--name" / "refs" / "main").write_text("123")
+    numbers = sum(parameter.numel() for parameter in lm.parameters())
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 3 * numbers}.__getitem__)
+    path = "hub/name" if hub else str(snapshot)
+    if refused:
+        with pytest.raises(ValueError, match=f"^{path}: its {numbers} parameters take .* in fp32, this machine"):
+            model.outline(path, torch.bfloat16, 64, weights)
+    else:
+        model.outline(path, torch.bfloat16, 64, weights)
+        assert loading.load_plain(path, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
