@@ -152,7 +152,7 @@ def _write(
     with torch.device("meta"):
         skeleton = kind.from_config(settings, dtype=dtype, attn_implementation="eager")
     generates = skeleton.can_generate()
-    if generates:  # its own goes past transformers, which refuses some that it has read once they have changed
+    if generates:  # its own goes past transformers, which refuses some that it has read, once changed
         skeleton.generation_config = GenerationConfig()
     kept = {name: dtype if value.is_floating_point() else value.dtype for name, value in state.items()}
     kept |= {f"lm.{name}": buffer.dtype for name, buffer in skeleton.named_buffers()}  # some stay in fp32

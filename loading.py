@@ -162,6 +162,8 @@ def size(
     """The number of a configuration's parameters. Raises ValueError for a larger model than there are weights
     for, as `check` counts them, or, of "random" ones, than fits into this machine's memory."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if quantised(config):  # packed: they are fewer than the parameters
+        tensors = numbers = 0
     most = tensors or MAX_LAYERS
     if isinstance(layers, int) and layers > most:
         raise ValueError(f"{path}: its configuration has {layers} layers, more than {most} tensors fill")
@@ -230,6 +232,22 @@ def _refuse_missing(path: str, report: dict[str, Any], lm: nn.Module) -> None:
         raise ValueError(
             f"{path}: {len(missing + wrong)} weights missing or misshapen (first: {(missing + wrong)[0]})"
         )
+
+
+def quantised(config: Any) -> str:
+    """By what method the weights of a model are quantised; empty if they are not."""
+    told = getattr(config, "quantization_config", None)
+    told = told or getattr(config.get_text_config(), "quantization_config", None) or {}
+    if not isinstance(told, dict):
+        return str(getattr(told, "quant_method", told))
+    return str(told.get("quant_method") or next(iter(told), ""))
+
+
+def refuse_quantised(path: str, config: Any) -> None:
+    """Raises ValueError for quantised weights: transformers makes others of them, without a word, and an
+    export would still be called quantised."""
+    if method := quantised(config):
+        raise ValueError(f"{path}: its weights are quantised ({method[:40]}): dequantise it first")
 
 
 def untie(lm: nn.Module) -> None:

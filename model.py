@@ -119,14 +119,15 @@ def outline(
     shrunk; a new row is the mean of the old ones plus noise that its index alone decides, so that equal
     models stay equal and no two new tokens start as one vector. With `reward_model` a sequence classifier is
     taken too, as the language model whose head it has lost. Raises ValueError: no such model, pickle weights,
-    positions shorter than `max_length`, or an architecture for which packed attention is not exact, which
-    packing.py asks in fp32 and in `compute` on `device`, those of the training.
+    quantised ones, positions shorter than `max_length`, or an architecture for which packed attention is not
+    exact, which packing.py asks in fp32 and in `compute` on `device`, those of the training.
     """
     with loading.one_line(path):
         found = loading.check(path, weights)
         config = loading.settings(path, trust_remote_code)
         numbers = loading.size(path, config, *found, trust_remote_code, weights)
         packing.check(path, config, max_length, in_training, trust_remote_code, compute, device)
+        loading.refuse_quantised(path, config)
         source = None
         if weights == "random":
             torch.manual_seed(seed)

@@ -116,9 +116,9 @@ def report(
 ) -> None:
     """Say what a run of these flags would do: `units` (n,) are what --batch-size counts of each example;
     `objective` is that of align.py, which may want the heads of model.add_value_head or add_score. Raises
-    ValueError for a model that does not fit its tokenizer, its weights, --max-length or packed attention, for
-    adapters that do not fit the model, and for a disk that does not hold a checkpoint where there shall be
-    some."""
+    ValueError for a model that does not fit its tokenizer, its weights, --max-length or packed attention, or
+    is quantised, for adapters that do not fit the model, and for a disk that does not hold a checkpoint where
+    there shall be some."""
     say("flags: " + " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None))
     steps_per_epoch = batch.steps_per_epoch(units, args.batch_size)
     total = args.epochs * steps_per_epoch * getattr(args, "ppo_epochs", 1)
@@ -133,6 +133,7 @@ def report(
         sizes[path] = loading.size(path, settings, tensors, numbers, trust, args.weights)
         trains = (model.in_training, trust, getattr(torch, args.dtype), device)
         packing.check(path, settings, args.max_length, *trains)
+        loading.refuse_quantised(path, settings)
         text = settings.get_text_config()
         model.check_positions(path, text, args.max_length)
         if path == args.model:

@@ -80,8 +80,6 @@ def find(path: str, lm: nn.Module, reward_model: bool) -> dict[str, Place | None
     """Parameter of the skeleton -> where it lies, as transformers itself would take it; None where it is not
     one tensor of its shape. Unties the skeleton's head if the files hold another one than the embedding, and
     fills its persistent buffers."""
-    if getattr(lm.config, "quantization_config", None):
-        return None
     state, found = lm.state_dict(), {}
     changes = get_model_conversion_mapping(lm)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]

@@ -247,6 +247,25 @@ def test_a_model_directory_is_refused(case, place, refused):
     refused(*train(), place, *words)
 
 
+QUANTISED = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [16, 16]},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "load_in_4bit": {"load_in_4bit": True},
+}
+
+
+@pytest.mark.parametrize("extra", [[], ["--check", "true"], ["--lora-rank", "2"]], ids=["run", "check", "lora"])
+@pytest.mark.parametrize("method", QUANTISED)
+def test_a_quantised_base_is_refused(method, extra, place, refused):
+    """And not for the number of its packed weights, nor only when they are read."""
+    # red: outline, or preflight.report, without refuse_quantised; size that counts packed weights
+    edit("config.json", quantization_config=QUANTISED[method])(place / "model")
+    lm = load_file(place / "model" / "model.safetensors")
+    few = {name: value[:1] for name, value in lm.items()}
+    save_file(few, place / "model" / "model.safetensors", {"format": "pt"})
+    refused(*train(*extra), place, f"model: its weights are quantised ({method}): dequantise it first")
+
+
 # ---- command lines and config files
 
 HUGE = "1e300"
