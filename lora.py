@@ -233,7 +233,7 @@ def _targets(lm: nn.Module, chosen: str) -> tuple[list[str], bool]:
     transposed (GPT-2). Raises ValueError for one that names nothing, or something else too."""
     body = {id(module) for module in lm.base_model.modules()}
     named = dict(lm.named_modules())
-    linear = {n for n, m in named.items() if id(m) in body and isinstance(m, (nn.Linear, Conv1D))}
+    linear = {n for n, m in named.items() if id(m) in body and _is_linear(m)}
     ends = sorted({name.rpartition(".")[2] for name in linear})
     every = chosen == "all-linear"
     chosen_ends = peft_files.unfused(lm, ends) if every else [part.strip() for part in chosen.split(",")]
@@ -251,6 +251,11 @@ def _targets(lm: nn.Module, chosen: str) -> tuple[list[str], bool]:
     return chosen_ends, kinds == {True}
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Does it compute y = W x + b, and nothing else? Some routers are subclasses that return three things."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 def _inject(lm: nn.Module, made: Any, dropout: float, seed: int, name: str = TRAINED) -> None:
     """Adapters into a transformers model, fp32; rows of added tokens are added.py's affair. Raises ValueError
     for targets outside the body."""
@@ -266,7 +271,7 @@ def _inject(lm: nn.Module, made: Any, dropout: float, seed: int, name: str = TRA
     made.trainable_token_indices = tokens
     body = {id(module) for module in lm.base_model.modules()}
     for place, layer in _named_layers(lm):
-        if id(layer) not in body or not isinstance(layer.base_layer, (nn.Linear, Conv1D)):
+        if id(layer) not in body or not _is_linear(layer.base_layer):
             raise ValueError(f"adapters on {place}: only linear layers of the body may have them")
         layer.lora_dropout[name] = Dropout(dropout)
     for place, parameter in lm.named_parameters():

@@ -98,11 +98,35 @@ def _clone(
             if few:
                 _keep_one_layer_of_each_kind(lm)
             _fill(lm)
+            before = _floats(lm)
             model = wrap(lm)
-            return model, _plain(lm)
+            with _with_noise(lm, [key for key, value in _floats(lm).items() if value != before[key]]):
+                return model, _plain(lm)
         except Exception as error:  # a dozen types, of assertions to shapes
             why = why or (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     raise ValueError(f"{path}: no small model of its kind runs, to check packed attention on: {why}")
+
+
+def _floats(lm: nn.Module) -> dict[tuple[str, str], float]:
+    """What the modules of a model have of numbers that are not whole, by their names and its own."""
+    found = [(name, module) for name, module in lm.named_modules()]
+    return {(n, key): x for n, module in found for key, x in vars(module).items() if isinstance(x, float)}
+
+
+@contextlib.contextmanager
+def _with_noise(lm: nn.Module, off: list[tuple[str, str]]) -> Iterator[None]:
+    """A model in evaluation mode, with much of what its training has set to 0: what is noise changes nothing
+    there, and what is more (the threshold of a router, by the name of jitter) everything."""
+    kept = _floats(lm)
+    lm.eval()
+    for name, key in off:
+        setattr(lm.get_submodule(name), key, 1.0)
+    try:
+        yield
+    finally:
+        for name, key in off:
+            setattr(lm.get_submodule(name), key, kept[name, key])
+        lm.train()
 
 
 def _shrunk(config: Any, max_length: int, narrow: bool) -> Any:

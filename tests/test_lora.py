@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from conftest import launch
 from safetensors.torch import load_file
 from test_attention import CONFIGS, GROUPED, PACK, POSITIONS, VOCABULARY, error, padded, softmax_in_fp64  # noqa: F401
@@ -130,6 +131,25 @@ def test_gradients_reference_and_exports_equal_pefts_own(name, tokens, tmp_path,
     floor = 1e-7 * max(gradient.norm() for gradient in wanted.values())  # softmax ignores a key bias: 0
     for key, gradient in wanted.items():
         assert (found[key] - gradient).norm() < 1e-4 * gradient.norm() + floor, key
+
+
+ROUTERS = {
+    "phimoe": lambda: hf.PhimoeConfig(**GROUPED, num_local_experts=4, router_jitter_noise=0.0),
+    "llama4": lambda: hf.Llama4TextConfig(**GROUPED, num_local_experts=4, intermediate_size_mlp=32, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_that_is_a_linear_layer_by_name_alone_has_no_adapter(name):
+    """It returns more than a product."""
+    # red: isinstance(m, nn.Linear) in _targets
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(ROUTERS[name]())
+    assert any(isinstance(m, torch.nn.Linear) for n, m in lm.named_modules() if n.endswith(".router"))
+    ends, _ = lora._targets(lm, "all-linear")
+    assert {"q_proj", "o_proj"} <= set(ends) and "router" not in ends
+    with pytest.raises(ValueError, match="router is no linear layer of the body"):
+        lora._targets(lm, "router")
 
 
 # ---- the scripts, one process
