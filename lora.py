@@ -161,10 +161,14 @@ def add(
     heads it has go on training, and the rows of the `tokens` that were added. With `copy` the adapters stay
     beside it as they are now, frozen, for a `Reference`. Says what is trained.
 
-    Raises ValueError for targets that are not linear layers of the body, or an adapter directory that is not
-    one, was made on another base, or does not fit.
+    Raises ValueError for targets that are not linear layers of the body, an adapter directory that is not
+    one, was made on another base, or does not fit, or added tokens that have more rows than it can hold.
     """
     lm = policy.lm
+    if tokens and getattr(lm.config.get_text_config(), "hidden_size_per_layer_input", None):
+        right = "train all weights, or give a base that has these tokens"
+        what = "added tokens have rows in an embedding for its layers too, which adapter/ does not hold"
+        raise ValueError(f"{type(lm).__name__}: {what} ({right})")
     kept = None
     if args.lora_from:
         made, kept = peft_files.read(args)
