@@ -20,6 +20,7 @@ Left out: sharing between machines without a common file system; a reference tha
 import argparse
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -49,6 +50,8 @@ from objective import LOSSES, Objective
 FORMAT = 1  # of the files, and of how values are computed
 BLOCK = 2**20  # numbers written at a time
 PAUSE = 60.0  # seconds between two writes to the disk
+WAIT = 5.0  # seconds between two tries of a lock that another run has
+HELD = "another run fills caches of this reference"
 # By which a policy may differ from its cached start, nats a token: they went through other batches.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 Reference = model.LanguageModel | lora.Reference | Cached | None
@@ -121,7 +124,12 @@ def find(
         if rank == 0:
             root.mkdir(parents=True, exist_ok=True)
             lock = open(head.with_suffix(".lock"), "a")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        failed = str(error)
+    _agree(root, failed)
+    _take(root, lock, say)
+    try:
+        if rank == 0:
             absent = {cache.folder: cache for cache in caches.values() if not cache.folder.exists()}
             _make(list(absent.values()), root, args.yes, say)
     except (OSError, ValueError) as error:
@@ -247,6 +255,31 @@ def _missing(cache: Cache) -> np.ndarray:
                 lacking.append(index)
                 break
     return np.array(lacking, np.int64)
+
+
+def _take(root: Path, lock: Any, say: Callable[..., None]) -> None:
+    """Rank 0 takes its lock. As long as another run has it all ranks meet again and again, for a collective
+    that one of them comes to after hours has given up. Raises ValueError where there are no locks."""
+    for turn in itertools.count():
+        found = fsdp.gathered(_tried(lock))[0]
+        if found != HELD:
+            break
+        if not turn:
+            say(f"{root}: {HELD}; waiting for it")
+        time.sleep(WAIT)
+    _agree(root, found)
+
+
+def _tried(lock: Any) -> str:
+    """An empty string if the lock is taken, or is another rank's; else why not."""
+    try:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return ""
+    except BlockingIOError:
+        return HELD
+    except OSError as error:
+        return str(error)
 
 
 def _agree(root: Path, failed: str) -> None:

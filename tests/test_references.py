@@ -3,7 +3,9 @@
 A comment `red:` names a change that turns the test red.
 """
 
+import fcntl
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,30 @@ def test_a_killed_fill_goes_on(root, tmp_path, monkeypatch, capsys):
     assert "8 of 10 examples cached" in capsys.readouterr().out
     assert logps.read_bytes() == whole and (folder / "states").read_bytes() == states
     assert 0 < sum(len(places) for places, _, _ in rows) < len(holes) / 2
+
+
+def test_who_waits_for_another_run_says_so_and_meets_all_ranks_meanwhile(root, tmp_path, monkeypatch, capsys):
+    # red: flock without LOCK_NB: rank 0 alone waits, and the others' collective gives up
+    argv = flags(root, tmp_path / "run", "--cache-reference", tmp_path / "kept", steps=1)
+    argv += ["--cache-reference-only", "true"]
+    assert exit_code(align.main, argv) is None
+    assert "waiting" not in capsys.readouterr().out
+    (path,) = (tmp_path / "kept").glob("*.lock")
+    other, met = open(path, "a"), []
+    fcntl.flock(other, fcntl.LOCK_EX)
+    gathered, find = references.fsdp.gathered, references.find
+
+    def found(*inputs):
+        threading.Timer(0.5, other.close).start()
+        monkeypatch.setattr(references.fsdp, "gathered", lambda text, *more: met.append(text) or gathered(text, *more))
+        return find(*inputs)
+
+    monkeypatch.setattr(references, "find", found)
+    monkeypatch.setattr(references, "WAIT", 0.1)
+    assert exit_code(align.main, argv) is None
+    assert other.closed and met.count(references.HELD) > 1
+    said = capsys.readouterr().out
+    assert said.count(f"{tmp_path}/kept: {references.HELD}; waiting for it") == 1 and "10 of 10 examples" in said
 
 
 def test_what_cannot_be_cached_is_one_line(root, tmp_path, capsys, monkeypatch):
