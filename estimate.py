@@ -110,7 +110,7 @@ def _parts(body: Body, run: Run, other: Body | None) -> dict[str, float]:
 
 
 def limit_of(args: argparse.Namespace, cuda: bool) -> float:
-    """Bytes that a rank may take: of a GPU what others leave (in a plan all), less SPARE; of a host a part."""
+    """Bytes that a rank may take: of a GPU what others leave (a plan: all), less SPARE; of a host its part."""
     if args.memory is not None:
         return args.memory * 1e9 * (1 - SPARE)
     if cuda:

@@ -249,7 +249,7 @@ def measure(label: str, place: Place, trained: dict[bool, float], peak: float, a
         return found
     rows = found["rows"][args.warmup :]
     tokens = sum(row["tokens"] for row in rows)
-    rate = tokens / sum(row["step_s"] for row in rows)
+    rate = statistics.median(row["tokens"] / row["step_s"] for row in rows)
     works = counted(label, place.model, trained["sft" in label], found["how"])
     return {
         "how": found["how"],
