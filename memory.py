@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import fsdp
 import loading
@@ -58,6 +57,7 @@ class Weight(NamedTuple):
 
 class Body(NamedTuple):
     blocks: list[list[Weight]]  # of each unit of sharding
+    idle: list[Weight]  # of units that never run: of a composite model the tower's
     root: list[Weight]  # embeddings, head, last norm
     head: tuple[int, int]  # (V, D)
     head_trained: bool
@@ -70,7 +70,7 @@ class Body(NamedTuple):
 
     @property
     def weights(self) -> list[Weight]:
-        return [weight for unit in (*self.blocks, self.root) for weight in unit]
+        return [weight for unit in (*self.blocks, self.idle, self.root) for weight in unit]
 
 
 class Run(NamedTuple):
@@ -119,27 +119,40 @@ def body(
     makes no model."""
     with loading.one_line("config.json"), torch.device("meta"):
         told = {"dtype": dtype, "trust_remote_code": trust}
-        lm = AutoModelForCausalLM.from_config(copy.deepcopy(settings), **told).eval()  # no dropout
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(settings), **told)
         lm.set_attn_implementation(NAME)
+        lm = model.in_training(lm).lm.eval()  # no dropout; of a composite model the text is trained
     if adapt:
         lm.requires_grad_(False)
         adapt(lm)
         for parameter in lm.parameters():
             parameter.data = parameter.data.to(dtype)
-    units = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-    taken = {id(parameter) for unit in units for parameter in unit.parameters()}
-    root = [Weight(tuple(p.shape), p.requires_grad) for p in lm.parameters() if id(p) not in taken]
+    units, resting = _units(lm)
+    taken = {id(parameter) for unit in (*units, *resting) for parameter in unit.parameters()}
+    root = [_weight(parameter) for parameter in lm.parameters() if id(parameter) not in taken]
     head = lm.get_output_embeddings().weight
     with loading.one_line("config.json"):
         inputs, saved, products, widest = _recorded(lm, units)
     seen = sum(getattr(module, "counted_flops", 0) for module in lm.modules())
-    blocks = [[Weight(tuple(p.shape), p.requires_grad) for p in unit.parameters()] for unit in units]
+    blocks = [[_weight(parameter) for parameter in unit.parameters()] for unit in units]
+    idle = [_weight(parameter) for unit in resting for parameter in unit.parameters()]
     chosen = getattr(settings.get_text_config(), "num_experts_per_tok", None)  # of those fused in one tensor
     work = 0.0
     for shape in (weight.shape for unit in blocks for weight in unit if len(weight.shape) > 1):
         work += 2 * math.prod(shape) * (min(1, (chosen or shape[0]) / shape[0]) if len(shape) > 2 else 1)
     shape = (head.shape[0], head.shape[1])
-    return Body(blocks, root, shape, head.requires_grad, inputs, saved, products, widest, work, seen)
+    return Body(blocks, idle, root, shape, head.requires_grad, inputs, saved, products, widest, work, seen)
+
+
+def _units(lm: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The units of sharding: those that text runs through, and the others."""
+    units = model.LanguageModel(lm).blocks
+    text = set(lm.get_decoder().modules())
+    return [unit for unit in units if unit in text], [unit for unit in units if unit not in text]
+
+
+def _weight(parameter: Tensor) -> Weight:
+    return Weight(tuple(parameter.shape), parameter.requires_grad)
 
 
 def _recorded(lm: nn.Module, units: Sequence[nn.Module]) -> tuple[list, list, list, float]:
