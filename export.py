@@ -5,7 +5,9 @@
 The directory holds config.json, safetensors, generation settings and the tokenizer, nothing of ours but a
 small file, `.exported`, that tells a later export that it may replace the directory. It is written under
 another name and renamed when complete. A run with --lora-rank has its adapters merged into final/, and as
-peft stores them in adapter/; from a checkpoint they go to OUT and OUT-adapter.
+peft stores them in adapter/; from a checkpoint they go to OUT and OUT-adapter. The tower of a composite model
+is frozen and in no checkpoint: it comes from the model that the run began with, and so do the files of its
+processor.
 
 Weights go to disk one by one: the safetensors files get their headers first, for all shapes are known, then
 each tensor is gathered, cast and written to its place. No rank holds more than a few of them at a time.

@@ -1,5 +1,5 @@
 """Adapters (LoRA): peft puts them into the linear layers of the body, which stays frozen, and nothing else
-of the model notices.
+of the model notices. The body of a composite model is its text.
 
     y = W x + (alpha / r) B A dropout(x)    W frozen, A (r, in) random, B (out, r) at first 0
 

@@ -7,13 +7,14 @@ said of it: estimate.py.
 
 Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equal pieces, the last one
 padded, over the ranks of one of --replicate's groups. What is trained has fp32 masters, gradients and two
-moments; what is frozen lies in the dtype that the body computes in. Embeddings and head stay gathered in that
-dtype, of a live reference too; of the blocks the one at work and the next, and the policy's last one while
-the head is at work. Activations are what autograd saves of each block, recorded in one pass over a model
-whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32 logits, the fp32
-accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete: the head, the
-backward of the last block (all other activations are still there), and that of the embeddings (all gradients
-are); on a CPU the export, too. What is not counted is in the constants, here SPARE.
+moments; what is frozen beside adapters lies in the dtype that the body computes in. Embeddings and head stay
+gathered in that dtype, of a live reference too; of the blocks the one at work and the next, and the policy's
+last one while the head is at work. A composite model's tower is frozen, in fp32 beside what is trained, and its
+blocks, which never run, stay shards. Activations are what autograd saves of each block, recorded in one
+pass over a model whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32
+logits, the fp32 accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete:
+the head, the backward of the last block (all other activations are still there), and that of the embeddings
+(all gradients are); on a CPU the export, too. What is not counted is in the constants, here SPARE.
 
 Left out: the KV cache of --sample-prompts, kernels' own work space.
 """
@@ -228,6 +229,7 @@ def need(body: Body, run: Run, other: Body | None = None) -> dict[str, float]:
 def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     trained = [w for w in body.weights if w.trained]
     frozen = [w for w in body.weights if not w.trained]
+    held = 4 if body.head_trained else run.size  # beside adapters, which leave the head alone
     live = run.reference == "live"
     offloaded = run.offload and run.cuda  # to the host's memory
     block = max(body.blocks, key=numbers)
@@ -240,7 +242,7 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     # hidden states: the reference's of a whole step, the policy's and their gradient
     states = run.size * body.head[1] * run.tokens * (run.microbatches * (run.reference in TWINS) + 2)
     always = {
-        "weights": 4.0 * numbers(trained, run.ranks) + run.size * numbers(frozen, run.ranks),
+        "weights": 4.0 * numbers(trained, run.ranks) + held * numbers(frozen, run.ranks),
         "moments": 8.0 * numbers(trained, run.ranks),
         "reference": run.size * numbers(other.weights, run.ranks) * (live and not offloaded),
         "staging": 12.0 * numbers(trained, run.ranks) * (run.staged and not run.cuda),  # of a GPU on the host
