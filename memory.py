@@ -9,8 +9,8 @@ Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equa
 padded, over the ranks of one of --replicate's groups. What is trained has fp32 masters, gradients and two
 moments; what is frozen beside adapters lies in the dtype that the body computes in. Embeddings and head stay
 gathered in that dtype, of a live reference too; of the blocks the one at work and the next, and the policy's
-last one while the head is at work. A composite model's tower is frozen, in fp32 beside what is trained, and its
-blocks, which never run, stay shards. Activations are what autograd saves of each block, recorded in one
+last one while the head is at work. A composite model's tower is frozen, in fp32 beside what is trained, and
+its blocks, which never run, stay shards. Activations are what autograd saves of each block, recorded in one
 pass over a model whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32
 logits, the fp32 accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete:
 the head, the backward of the last block (all other activations are still there), and that of the embeddings
