@@ -39,8 +39,8 @@ def flags(**changes):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("adapters", [False, True], ids=["all", "adapters"])
 def test_what_blocks_keep_is_what_autograd_saves_of_the_model_that_trains(name, adapters, tmp_path, monkeypatch):
-    """red: saved[-1] += 2 * _bytes(value); keep() without `held`, so that weights count; .train() with
-    GPT-2's dropout; no attention saved"""
+    """red: saved[-1] += 2 * _bytes(value); keep() without `held`, so that weights count; GPT-2's dropout;
+    no attention saved"""
     CONFIGS[name].save_pretrained(tmp_path)
     tokens = 256
     monkeypatch.setattr(memory, "PROBE", tokens)
