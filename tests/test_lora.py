@@ -382,8 +382,8 @@ def pair(root):
     recomputed and checkpoints written behind it; on 1 process the first again, from the start and from its checkpoint.
     Rank 3 is 2 rows on one process and 1 on the other. The same of csft, without dropout, whose new tokens have a row on each of two
     processes, in the embedding and in the head."""
-    stop = "if step == 2:\n            return\n        began = time.perf_counter()"
-    cut = ["began = time.perf_counter()", stop]
+    stop = "if step == 2:\n            return\n        if update == 0:"
+    cut = ["if update == 0:", stop]
 
     def job(name, rate, mutation=None, *more):
         more = ["--lora-rank", 3, "--lora-dropout", rate, "--dtype", "float32", "--save-every", 2, *more]
