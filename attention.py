@@ -298,8 +298,8 @@ def _varlen(
 
     Keys are gathered here, inside what activation checkpointing recomputes, so the K copies of a prompt are
     never saved. Both align a causal mask at the end of the keys and count a window without the query itself.
-    Both want one head size, a multiple of 8, for queries, keys and values: zeros fill it up. Not run here: no
-    GPU.
+    Both want one head size, a multiple of 8, for queries, keys and values: zeros fill it up. flash-attn's has
+    not been run.
     """
     size = value.shape[3]
     width = max(query.shape[3], size)

@@ -27,6 +27,7 @@ from memory import (
 # Beside the tensors, of a process on a CPU: the tokenizer, code that is loaded late, compiled products and
 # stacks; and gaps of the heap, a share of what is counted. Measured by bench/peak.py.
 RUNTIME, GAPS = 0.12e9, 0.12
+WAYS = ("none", "ops", "selective", "full")  # --activation-checkpointing
 SHARE = 0.5  # of the tokens that are trained, where no data say it
 ROW_BYTES = 5  # of a token in --token-cache: its id and whether it is trained
 
@@ -63,6 +64,8 @@ def report(
     work = flops(whole, run, tokens, SHARE * tokens, args.max_length / 2)
     steps = "" if args.steps is None else f"; {args.steps} steps, {args.steps * work:.3g} FLOP"
     say(f"a step: up to {tokens} tokens in {run.microbatches} micro-batches a rank, {work:.3g} FLOP{steps}")
+    ways = {way: _parts(whole, run._replace(checkpointing=way), other) for way in WAYS}
+    say("by --activation-checkpointing: " + ", ".join(f"{way} {_gb(ways[way])}" for way in WAYS))
     say(f"with {_chosen(args)}")
     disk = f"disk: a checkpoint {12 * trained / 1e9:.3g} GB, final/ up to {4 * total / 1e9:.3g} GB"
     if args.steps is not None:
@@ -110,7 +113,7 @@ def _parts(body: Body, run: Run, other: Body | None) -> dict[str, float]:
 
 
 def limit_of(args: argparse.Namespace, cuda: bool) -> float:
-    """Bytes that a rank may take: of a GPU what others leave (in a plan all), less SPARE; of a host a part."""
+    """Bytes that a rank may take: of a GPU what others leave (a plan: all) less SPARE; of a host its part."""
     if args.memory is not None:
         return args.memory * 1e9 * (1 - SPARE)
     if cuda:

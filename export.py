@@ -5,7 +5,9 @@
 The directory holds config.json, safetensors, generation settings and the tokenizer, nothing of ours but a
 small file, `.exported`, that tells a later export that it may replace the directory. It is written under
 another name and renamed when complete. A run with --lora-rank has its adapters merged into final/, and as
-peft stores them in adapter/; from a checkpoint they go to OUT and OUT-adapter.
+peft stores them in adapter/; from a checkpoint they go to OUT and OUT-adapter. The tower of a composite model
+is frozen and in no checkpoint: it comes from the model that the run began with, and so do the files of its
+processor.
 
 Weights go to disk one by one: the safetensors files get their headers first, for all shapes are known, then
 each tensor is gathered, cast and written to its place. No rank holds more than a few of them at a time.
@@ -25,7 +27,7 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -41,6 +43,7 @@ import config
 import fsdp
 import loading
 import lora
+import model
 import peft_files
 
 MARK = ".exported"
@@ -167,6 +170,8 @@ def _write(
         if generates:
             lm.generation_config.to_json_file(beside / "generation_config.json")
         _save_along(_write_weights(skeleton, named, wholes, out, beside), tokenizer, beside)
+        for path in loading.processor(lm.config):
+            shutil.copyfile(path, beside / path.name)
 
 
 def _write_weights(
@@ -349,7 +354,8 @@ def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = Fals
         with loading.one_line(str(path)):
             lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=trust)
             _as_saved(lm, state)
-            state |= _buffers(lm, source)
+            lacking = [name for name in (f"lm.{name}" for name in loading.stored(lm)) if name not in state]
+            state |= model.untrained(made, lacking, "lm.score.weight" in state, trust)
     with loading.one_line(str(path)):
         for place in (source, kept):  # the run's own, if there, knows where training ended turns
             with contextlib.suppress(OSError):
@@ -371,17 +377,6 @@ def _as_saved(lm: nn.Module, state: dict[str, Tensor]) -> None:
     head = next(name for name, module in lm.named_modules() if module is lm.get_output_embeddings())
     if f"lm.{head}.weight" in state:
         settings.tie_word_embeddings = settings.get_text_config().tie_word_embeddings = False
-
-
-def _buffers(lm: nn.Module, source: str) -> dict[str, Tensor]:
-    """What a model stores beside its parameters, which no checkpoint holds, for nothing trains it: as the one
-    has it that the run began with."""
-    trained = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
-    wanted, found = set(lm.state_dict()) - trained, {}
-    for path in loading.weight_files(source) if wanted else []:
-        with safe_open(path, "pt") as file:
-            found |= {f"lm.{name}": file.get_tensor(name) for name in wanted & set(file.keys())}
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,7 +34,6 @@ TOKENS, MOST = 4096, 65_536  # of a micro-batch
 ENOUGH = 8192
 TIGHT = 0.98  # of what there is: until estimate.refuse asks again, the libraries of a run take some
 DTYPES = ("bfloat16", "float32")
-WAYS = ("none", "ops", "selective", "full")  # --activation-checkpointing
 # What is chosen from, the cheapest in time first. "ops" keeps as much as "selective", and Python sees each of
 # its operations, 5 ms a block on an H200: more than what it saves in models of 1B and less.
 ORDER = ("none", "selective", "full")
@@ -75,9 +74,9 @@ def settle(
     said = 0
     if fsdp.ranks()[0] == 0:
         found = choose(args, lengths, ranks, objective, room if cuda else None, _before(args))
-        said = found.tokens * len(WAYS) + WAYS.index(found.way)
-    tokens, index = divmod(fsdp.from_rank_zero(said, device), len(WAYS))
-    vars(args).update(vars(_with(args, Choice(tokens, WAYS[index]))))
+        said = found.tokens * len(estimate.WAYS) + estimate.WAYS.index(found.way)
+    tokens, index = divmod(fsdp.from_rank_zero(said, device), len(estimate.WAYS))
+    vars(args).update(vars(_with(args, Choice(tokens, estimate.WAYS[index]))))
 
 
 def report(args: argparse.Namespace, say: Callable[..., None], objective: Any = None) -> None:
@@ -153,6 +152,6 @@ def _before(args: argparse.Namespace) -> Choice | None:
             with contextlib.suppress(ValueError, OSError):
                 made = checkpoint.read_record(path)["args"]
                 tokens, way = made.get("tokens_per_microbatch"), made.get("activation_checkpointing")
-                if type(tokens) is int and tokens > 0 and way in WAYS:
+                if type(tokens) is int and tokens > 0 and way in estimate.WAYS:
                     return _given(args, Choice(tokens, way))
     return None

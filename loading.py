@@ -33,6 +33,7 @@ import files
 transformers_logging.disable_progress_bar()
 MAX_LAYERS = 10_000  # of a configuration without weights
 SMALL = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -129,6 +130,17 @@ def weight_files(path: str) -> list[Path]:
             get_checkpoint_shard_files(path, found)
         folder = Path(found).parent
     return [folder / name for name in _weights(folder)]
+
+
+def processor(config: Any) -> list[Path]:
+    """The files that say how images become a composite model's input, of the model that a configuration was
+    read of; those that are not there, or a hub does not give, are left out."""
+    path, found = config.name_or_path, []
+    for name in PROCESSOR if config.get_text_config() is not config else ():
+        with contextlib.suppress(Exception):  # a dozen types, and none of them is worth a trained model
+            local = "local_files_only" in options(path)
+            found.append(Path(cached_file(path, name, local_files_only=local)))
+    return found
 
 
 def _header(path: Path) -> list[list[int]]:

@@ -1,5 +1,5 @@
 """Adapters (LoRA): peft puts them into the linear layers of the body, which stays frozen, and nothing else
-of the model notices.
+of the model notices. The body of a composite model is its text.
 
     y = W x + (alpha / r) B A dropout(x)    W frozen, A (r, in) random, B (out, r) at first 0
 
@@ -222,22 +222,25 @@ def _named_layers(part: nn.Module) -> list[tuple[str, Any]]:
 
 def _settings(lm: nn.Module, args: argparse.Namespace) -> Any:
     """peft's LoraConfig of the flags."""
-    targets, transposed = _targets(lm, args.lora_targets)
+    targets, excluded, transposed = _targets(lm, args.lora_targets)
     return peft_files.peft().LoraConfig(
         r=args.lora_rank,
         lora_alpha=int(args.lora_alpha) if args.lora_alpha.is_integer() else args.lora_alpha,
         target_modules=targets,
+        exclude_modules=excluded or None,
         fan_in_fan_out=transposed,
         base_model_name_or_path=args.model,
     )
 
 
-def _targets(lm: nn.Module, chosen: str) -> tuple[list[str], bool]:
-    """The ends of the names of the layers to adapt, as peft takes them, and whether they hold their weights
-    transposed (GPT-2). Raises ValueError for one that names nothing, or something else too."""
-    body = {id(module) for module in lm.base_model.modules()}
+def _targets(lm: nn.Module, chosen: str) -> tuple[list[str], list[str], bool]:
+    """The ends of the names of the layers to adapt, as peft takes them, the names outside the body with such
+    ends (of a composite model's tower), and whether the layers hold their weights transposed (GPT-2). Raises
+    ValueError for an end that names nothing, or something else of the body too."""
+    body = set(lm.base_model.modules()) & set(lm.get_decoder().modules())
     named = dict(lm.named_modules())
-    linear = {n for n, m in named.items() if id(m) in body and _is_linear(m)}
+    inside = {name for name, module in named.items() if module in body}
+    linear = {name for name in inside if _is_linear(named[name])}
     ends = sorted({name.rpartition(".")[2] for name in linear})
     every = chosen == "all-linear"
     chosen_ends = peft_files.unfused(lm, ends) if every else [part.strip() for part in chosen.split(",")]
@@ -245,14 +248,15 @@ def _targets(lm: nn.Module, chosen: str) -> tuple[list[str], bool]:
     for end, names in found.items():
         if not names:
             raise ValueError(f"--lora-targets {end}: no module of that name (there are {', '.join(ends)})")
-        if others := sorted(names - linear):
+        if others := sorted(names & inside - linear) or sorted(names - linear) * (not names & linear):
             raise ValueError(
                 f"--lora-targets {end}: {others[0]} is no linear layer of the body, where alone adapters go"
             )
-    if not set().union(*found.values()):
+    every_name = set().union(*found.values())
+    if not every_name:
         raise ValueError(f"{type(lm).__name__} has no linear layers for adapters")
-    kinds = {isinstance(named[name], Conv1D) for names in found.values() for name in names}
-    return chosen_ends, kinds == {True}
+    kinds = {isinstance(named[name], Conv1D) for name in every_name & linear}
+    return chosen_ends, sorted(every_name - linear), kinds == {True}
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -7,13 +7,14 @@ said of it: estimate.py.
 
 Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equal pieces, the last one
 padded, over the ranks of one of --replicate's groups. What is trained has fp32 masters, gradients and two
-moments; what is frozen lies in the dtype that the body computes in. Embeddings and head stay gathered in that
-dtype, of a live reference too; of the blocks the one at work and the next, and the policy's last one while
-the head is at work. Activations are what autograd saves of each block, recorded in one pass over a model
-whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32 logits, the fp32
-accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete: the head, the
-backward of the last block (all other activations are still there), and that of the embeddings (all gradients
-are); on a CPU the export, too. What is not counted is in the constants, here SPARE.
+moments; what is frozen beside adapters lies in the dtype that the body computes in. Embeddings and head stay
+gathered in that dtype, of a live reference too; of the blocks the one at work and the next, and the policy's
+last one while the head is at work. A composite model's tower is frozen, in fp32 beside what is trained, and
+its blocks, which never run, stay shards. Activations are what autograd saves of each block, recorded in one
+pass over a model whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32
+logits, the fp32 accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete:
+the head, the backward of the last block (all other activations are still there), and that of the embeddings
+(all gradients are); on a CPU the export, too. What is not counted is in the constants, here SPARE.
 
 Left out: the KV cache of --sample-prompts, kernels' own work space.
 """
@@ -29,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import fsdp
 import loading
@@ -58,6 +58,7 @@ class Weight(NamedTuple):
 
 class Body(NamedTuple):
     blocks: list[list[Weight]]  # of each unit of sharding
+    idle: list[Weight]  # of units that never run: of a composite model the tower's
     root: list[Weight]  # embeddings, head, last norm
     head: tuple[int, int]  # (V, D)
     head_trained: bool
@@ -70,7 +71,7 @@ class Body(NamedTuple):
 
     @property
     def weights(self) -> list[Weight]:
-        return [weight for unit in (*self.blocks, self.root) for weight in unit]
+        return [weight for unit in (*self.blocks, self.idle, self.root) for weight in unit]
 
 
 class Run(NamedTuple):
@@ -119,27 +120,40 @@ def body(
     makes no model."""
     with loading.one_line("config.json"), torch.device("meta"):
         told = {"dtype": dtype, "trust_remote_code": trust}
-        lm = AutoModelForCausalLM.from_config(copy.deepcopy(settings), **told).eval()  # no dropout
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(settings), **told)
         lm.set_attn_implementation(NAME)
+        lm = model.in_training(lm).lm.eval()  # no dropout; of a composite model the text is trained
     if adapt:
         lm.requires_grad_(False)
         adapt(lm)
         for parameter in lm.parameters():
             parameter.data = parameter.data.to(dtype)
-    units = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-    taken = {id(parameter) for unit in units for parameter in unit.parameters()}
-    root = [Weight(tuple(p.shape), p.requires_grad) for p in lm.parameters() if id(p) not in taken]
+    units, resting = _units(lm)
+    taken = {id(parameter) for unit in (*units, *resting) for parameter in unit.parameters()}
+    root = [_weight(parameter) for parameter in lm.parameters() if id(parameter) not in taken]
     head = lm.get_output_embeddings().weight
     with loading.one_line("config.json"):
         inputs, saved, products, widest = _recorded(lm, units)
     seen = sum(getattr(module, "counted_flops", 0) for module in lm.modules())
-    blocks = [[Weight(tuple(p.shape), p.requires_grad) for p in unit.parameters()] for unit in units]
+    blocks = [[_weight(parameter) for parameter in unit.parameters()] for unit in units]
+    idle = [_weight(parameter) for unit in resting for parameter in unit.parameters()]
     chosen = getattr(settings.get_text_config(), "num_experts_per_tok", None)  # of those fused in one tensor
     work = 0.0
     for shape in (weight.shape for unit in blocks for weight in unit if len(weight.shape) > 1):
         work += 2 * math.prod(shape) * (min(1, (chosen or shape[0]) / shape[0]) if len(shape) > 2 else 1)
     shape = (head.shape[0], head.shape[1])
-    return Body(blocks, root, shape, head.requires_grad, inputs, saved, products, widest, work, seen)
+    return Body(blocks, idle, root, shape, head.requires_grad, inputs, saved, products, widest, work, seen)
+
+
+def _units(lm: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The units of sharding: those that text runs through, and the others."""
+    units = model.LanguageModel(lm).blocks
+    text = set(lm.get_decoder().modules())
+    return [unit for unit in units if unit in text], [unit for unit in units if unit not in text]
+
+
+def _weight(parameter: Tensor) -> Weight:
+    return Weight(tuple(parameter.shape), parameter.requires_grad)
 
 
 def _recorded(lm: nn.Module, units: Sequence[nn.Module]) -> tuple[list, list, list, float]:
@@ -215,6 +229,7 @@ def need(body: Body, run: Run, other: Body | None = None) -> dict[str, float]:
 def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     trained = [w for w in body.weights if w.trained]
     frozen = [w for w in body.weights if not w.trained]
+    held = 4 if body.head_trained else run.size  # beside adapters, which leave the head alone
     live = run.reference == "live"
     offloaded = run.offload and run.cuda  # to the host's memory
     block = max(body.blocks, key=numbers)
@@ -227,7 +242,7 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     # hidden states: the reference's of a whole step, the policy's and their gradient
     states = run.size * body.head[1] * run.tokens * (run.microbatches * (run.reference in TWINS) + 2)
     always = {
-        "weights": 4.0 * numbers(trained, run.ranks) + run.size * numbers(frozen, run.ranks),
+        "weights": 4.0 * numbers(trained, run.ranks) + held * numbers(frozen, run.ranks),
         "moments": 8.0 * numbers(trained, run.ranks),
         "reference": run.size * numbers(other.weights, run.ranks) * (live and not offloaded),
         "staging": 12.0 * numbers(trained, run.ranks) * (run.staged and not run.cuda),  # of a GPU on the host

@@ -164,6 +164,25 @@ def fill(model: LanguageModel, device: torch.device, like: LanguageModel | None 
         new.copy_(old)
 
 
+def untrained(
+    made: dict[str, Any], names: Sequence[str], reward_model: bool = False, trust_remote_code: bool = False
+) -> dict[str, Tensor]:
+    """Parameters and buffers that a run does not train and its checkpoints do not hold, by their names in a
+    LanguageModel, whole and in fp32, as its record says it began. Raises ValueError if its model is another
+    now."""
+    if not names:
+        return {}
+    path, weights = made["model"], made.get("weights", "pretrained")
+    options = (weights, made.get("seed", 0), trust_remote_code)
+    found = outline(path, torch.float32, 1, *options, reward_model=reward_model)
+    if made.get("model_digest") not in (None, fingerprint(path, weights)):
+        raise ValueError(f"it was trained from another model than {path} is now")
+    if found.source is not None and found.source.places is None:  # only transformers can tell, and reads all
+        shards.fill(found, found.source, torch.device("cpu"))
+    held = {name: loading.stored(found)[name] for name in names}
+    return {n: shards.read(found.source, n, v) if v.is_meta else v for n, v in held.items()}
+
+
 def place(
     model: LanguageModel,
     dtype: torch.dtype,

@@ -121,7 +121,8 @@ def as_peft(made: Any, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tenso
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         modules_to_save=["score"] if scores else None,
     )
-    told.target_modules = kept["target_modules"]  # in their order: peft makes a set of a list
+    for key in ("target_modules", "exclude_modules"):  # in their order: peft makes a set of a list
+        setattr(told, key, kept[key])
     return told, {_outside(name): value for name, value in trained.items() if name.startswith("lm.")}
 
 

@@ -24,7 +24,7 @@ bash run.sh compare    13 methods on SmolLM2-135M and the HH sample: rates chose
                        three methods, into bench/results (hours; goes on where it stopped; --quick: that it runs)
 bash run.sh imdb       the published experiment on sentiment: SFT of GPT-2 Large on IMDb, samples, a classifier's
                        preferences, dpo, tdpo and ra_dpo at three levels, their samples' scores (GPUs; --small: a trial)
-bash run.sh bench      every table of bench/README.md on SmolLM2-135M: about half an hour on 2 cores, into runs/bench
+bash run.sh bench      the first tables of bench/README.md, on SmolLM2-135M: about half an hour on 2 cores, into runs/bench
 bash run.sh step       the time and memory of one step: bench/step.py (all of these fetch the model, 93 MB)
 bash run.sh exact      the errors of logp, kl and cvar against fp64 on SmolLM2-135M: bench/exact.py
 bash run.sh parity     our losses against TRL's, in an environment of its own (1.5 GB): bench/parity.py

@@ -73,7 +73,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     how = "of the body, masters are fp32; None: bfloat16, on a CPU without products of it float32"
     add("--dtype", choices=("bfloat16", "float32"), default=None, help=how)
     how = "what is recomputed; None: full, on CUDA as little as there is room for"
-    add("--activation-checkpointing", choices=fit.WAYS, default=None, help=how)
+    add("--activation-checkpointing", choices=estimate.WAYS, default=None, help=how)
     add("--compile", type=config.boolean, default=False, help="what blocks do between products, for GPUs")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")

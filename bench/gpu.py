@@ -62,6 +62,7 @@ ROWS = {
     "sft": ["sft.py"],
     "dpo": ["align.py", "--loss", "dpo"],
     "dpo, cached": ["align.py", "--loss", "dpo"],
+    "dpo, hidden states cached": ["align.py", "--loss", "dpo", "--cache-hidden", "true"],
     "ra_dpo1, cvar": ["align.py", "--loss", "ra_dpo1", "--risk", "cvar"],
     "ra_dpo1, cvar, cached": ["align.py", "--loss", "ra_dpo1", "--risk", "cvar", "--cache-hidden", "true"],
     "sft, LoRA": ["sft.py", "--lora-rank", "16"],
@@ -175,7 +176,7 @@ def counted(label: str, path: Path, trained: float, checkpointing: str) -> tuple
     if not SHAPES[path.name]["tie_word_embeddings"]:
         weights -= body.head[0] * body.head[1]
     live = "dpo" in label and "cached" not in label
-    reference = "live" if live else "hidden" if "ra_dpo1" in label else "cached" if "cached" in label else "none"
+    reference = "live" if live else "hidden" if "ra_dpo1" in label or "hidden" in label else "cached" if "cached" in label else "none"
     how = memory.Run(1, checkpointing=checkpointing, reference=reference, drift="ra_dpo1" in label, cuda=True)
     plain = (4 if "LoRA" in label else 6) * weights
     return plain, plain + 2 * weights * live, memory.flops(body, how, 1.0, trained, 150.0)
@@ -249,7 +250,7 @@ def measure(label: str, place: Place, trained: dict[bool, float], peak: float, a
         return found
     rows = found["rows"][args.warmup :]
     tokens = sum(row["tokens"] for row in rows)
-    rate = tokens / sum(row["step_s"] for row in rows)
+    rate = statistics.median(row["tokens"] / row["step_s"] for row in rows)
     works = counted(label, place.model, trained["sft" in label], found["how"])
     return {
         "how": found["how"],

@@ -151,6 +151,7 @@ def at_equal_drift(rows: Iterable[Row]) -> str:
     over the root of KL, and is drawn neither beyond its last nor before its first: from the reference on, the
     line itself would be the difference. Only drifts that the runs of all seeds of both lie around."""
     rows = list(rows)
+    seeds = {name: len({row["seed"] for row in rows if row["method"] == name}) for name in LINES}
     names = " | ".join(f"{MEASURES[key][0]}" for key, _ in PANELS)
     lines = [f"| method, less dpo | KL | seeds | {names} |", "|---" * (len(PANELS) + 3) + "|"]
     for method in [name for name in LINES if name not in ("dpo", "ideal")]:
@@ -159,23 +160,23 @@ def at_equal_drift(rows: Iterable[Row]) -> str:
             for key, _ in PANELS:
                 ours, theirs = (_on_curve(rows, name, key, drift) for name in (method, "dpo"))
                 found = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-                number = len(found) if set(ours) >= set(theirs) or set(theirs) >= set(ours) else 0
+                number = len(found)
                 cells.append(with_interval(found))
-            if number:
+            if number and number == min(map(seeds.get, (method, "dpo"))):
                 lines.append(f"| {method} | {drift:g} | {number} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _on_curve(rows: Iterable[Row], method: str, key: str, drift: float) -> dict[int, float]:
-    """What a method has at a drift, by seed, where its runs reach so far."""
+    """What a method has at a drift, by seed, where its runs lie around it."""
     curves: dict[int, list] = {}
     for row in rows:
-        if row["method"] in (method, "reference"):
+        if row["method"] == method:
             curves.setdefault(row["seed"], []).append((math.sqrt(max(row["kl"], 0.0)), row[key]))
     found = {}
     for seed, points in curves.items():
         roots, values = zip(*sorted(points))
-        if roots[-1] ** 2 >= drift:
+        if roots[0] ** 2 <= drift <= roots[-1] ** 2:
             found[seed] = float(np.interp(math.sqrt(drift), roots, values))
     return found
 

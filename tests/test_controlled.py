@@ -102,17 +102,21 @@ def test_the_ideal_is_the_tilted_distribution():
 
 
 def test_the_difference_from_dpo_at_equal_drift():
-    """red: interpolated over KL, not its root; beyond the last run; unpaired: the error of a mean."""
+    """red: interpolated over KL, not its root; beyond the last run; before the first, from the reference on;
+    a drift that the runs of one seed reach; unpaired: the error of a mean."""
     rows = []
     for seed in (0, 10):
         row = {"method": "reference", "beta": None, "seed": seed, "kl": 0.0}
         rows.append(row | dict.fromkeys(KEYS, seed))
-        for method, gain in (("dpo", 1.0), ("kto", 1.5 + seed / 100)):
-            row = {"method": method, "beta": 0.1, "seed": seed, "kl": 0.4}
-            rows.append(row | dict.fromkeys(KEYS, seed + gain))
+        for method, gain in (("dpo", 1.0), ("kto", 1.5 + seed / 100), ("tdpo1", 1.0), ("tdpo2", 1.0)):
+            first = {"tdpo1": 0.35, "tdpo2": 0.05 + 0.01 * seed}.get(method, 0.001)
+            for beta, kl in ((1.0, first), (0.1, 0.4)):
+                row = {"method": method, "beta": beta, "seed": seed, "kl": kl}
+                rows.append(row | dict.fromkeys(KEYS, seed + gain * (kl / 0.4) ** 0.5))
     lines = controlled.frontier.at_equal_drift(rows).splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert [row[:3] for row in cells] == [["kto", f"{kl:g}", "2"] for kl in (0.1, 0.3)]
+    around = [("kto", "0.1"), ("kto", "0.3"), ("tdpo2", "0.3")]
+    assert [row[:3] for row in cells] == [[*pair, "2"] for pair in around]
     assert cells[0][3] == "+0.275 (-0.043 to +0.593)"  # 0.25 and 0.3: 0.275 and 12.706 times 0.025
     assert cells[1][3].startswith(f"{0.55 * 0.75**0.5:+.3f} (")
 

@@ -238,7 +238,7 @@ def test_a_model_leaves_as_it_came(name, dtype, root, tmp_path, monkeypatch):
     """Tensors, configuration, tokenizer: what reads the base reads this. And a checkpoint exports the same, to
     the bytes that transformers writes, in one file or in several."""
     # red: _dtype always float32; a tied head written twice; the skeleton's own model_type; names not sorted, or
-    # the offset without the header's length (_lay_out); a parameter cast to another dtype; no _buffers
+    # the offset without the header's length (_lay_out); a parameter cast to another dtype; no model.untrained
     torch.manual_seed(0)
     base = tmp_path / "base"
     lm = hf.AutoModelForCausalLM.from_config(BASES[name](), dtype=getattr(torch, dtype))

@@ -142,11 +142,11 @@ ROUTERS = {
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_router_that_is_a_linear_layer_by_name_alone_has_no_adapter(name):
     """It returns more than a product."""
-    # red: isinstance(m, nn.Linear) in _targets
+    # red: isinstance(named[name], nn.Linear) in _targets
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(ROUTERS[name]())
     assert any(isinstance(m, torch.nn.Linear) for n, m in lm.named_modules() if n.endswith(".router"))
-    ends, _ = lora._targets(lm, "all-linear")
+    ends = lora._targets(lm, "all-linear")[0]
     assert {"q_proj", "o_proj"} <= set(ends) and "router" not in ends
     with pytest.raises(ValueError, match="router is no linear layer of the body"):
         lora._targets(lm, "router")
@@ -310,6 +310,24 @@ def test_going_on_from_adapters_against_their_start_or_their_base(root, dpo, tmp
     argv[1] = str(dpo / "final")
     assert exit_code(align.main, argv) is None
     assert rows_of(tmp_path / "whole")[0]["loss"] == pytest.approx(found["base"][0]["loss"], abs=1e-5)
+
+
+def test_dpo_on_adapters_of_sft_has_the_sft_model_for_its_reference(root, tmp_path):
+    # red: the reference of --lora-from the base; the adapters of sft.py not those of final/
+    assert exit_code(sft.main, flags(root, tmp_path / "sft", "--lora-rank", "3", "--dtype", "float32", steps=3)) is None
+    starts = {
+        "adapters": ["--lora-from", tmp_path / "sft" / "adapter"],
+        "base": ["--lora-from", tmp_path / "sft" / "adapter", "--reference", "base"],
+        "final": ["--model", tmp_path / "sft" / "final"],
+    }
+    found = {}
+    for name, start in starts.items():
+        argv = flags(root, tmp_path / name, "--dtype", "float32", *start, steps=1)
+        assert exit_code(align.main, argv) is None
+        found[name] = rows_of(tmp_path / name)[0]
+    assert found["adapters"]["kl/chosen"] == found["adapters"]["rewards/chosen"] == found["final"]["kl/chosen"] == 0
+    assert found["adapters"]["logps/chosen"] == pytest.approx(found["final"]["logps/chosen"], rel=1e-5)
+    assert found["base"]["logps/chosen"] == found["adapters"]["logps/chosen"] and found["base"]["kl/chosen"] > 1e-3
 
 
 def test_a_run_goes_on_against_its_own_reference_and_adapters_alone(root, dpo, tmp_path, capfd):

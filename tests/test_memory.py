@@ -39,8 +39,8 @@ def flags(**changes):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("adapters", [False, True], ids=["all", "adapters"])
 def test_what_blocks_keep_is_what_autograd_saves_of_the_model_that_trains(name, adapters, tmp_path, monkeypatch):
-    """red: saved[-1] += 2 * _bytes(value); keep() without `held`, so that weights count; .train() with
-    GPT-2's dropout; no attention saved"""
+    """red: saved[-1] += 2 * _bytes(value); keep() without `held`, so that weights count; GPT-2's dropout;
+    no attention saved"""
     CONFIGS[name].save_pretrained(tmp_path)
     tokens = 256
     monkeypatch.setattr(memory, "PROBE", tokens)
@@ -142,7 +142,16 @@ def gigabytes(said):
 
 
 def test_a_plan_needs_a_configuration_alone(folder, capsys):
-    """red: preflight.begin looking for weights; data read before the plan"""
+    """red: preflight.begin looking for weights; data read before the plan; one way of recomputing for all; states
+    counted for log-probabilities"""
+    disk = []
+    for loss in ("dpo", "ra_dpo1"):
+        kept = ["--loss", loss, "--cache-reference", f"{folder}/kept", "--steps", "1000", "--dtype", "float32"]
+        said = planned(align.main, folder, capsys, "--batch-size", "512", "--device", "cpu", *kept)
+        disk.append(float(re.search(r"--cache-reference about ([\d.]+) GB", said)[1]))
+    assert disk[1] == pytest.approx(disk[0] * (1 + CONFIGS["llama"].hidden_size), rel=0.05)
+    ways = {way: float(gb) for way, gb in re.findall(r" (none|ops|selective|full) ([\d.]+) GB", said)}
+    assert len(ways) == 4 and ways["none"] > ways["ops"] >= ways["full"] == gigabytes(said)
     said = planned(align.main, folder, capsys, "0.3", "--gpus", "64", "--memory", "80", "--steps", "10")
     assert "memory of a rank, 64 in all" in said and "reference" in said and "30%" in said
     assert re.search(r"H100, 80 GB: 1 at least", said) and "does not fit" not in said

@@ -91,7 +91,7 @@ PARSE = """
 import argparse, contextlib, importlib, io, json, sys
 from pathlib import Path
 sys.path[:0] = [".", "bench", "examples"]
-own = argparse.ArgumentParser.parse_args
+own = argparse.ArgumentParser.parse_known_args
 said, flags = [], set()
 def keep(parser, *given):
     flags.update(parser._option_string_actions)
@@ -102,14 +102,14 @@ def stop(parser, *given):
 for name, argv in json.load(sys.stdin):
     errors = io.StringIO()
     sys.argv = [name, *argv]
-    argparse.ArgumentParser.parse_args = keep
+    argparse.ArgumentParser.parse_known_args = keep
     silent = contextlib.redirect_stdout(io.StringIO())
     with silent, contextlib.redirect_stderr(errors), contextlib.suppress(StopIteration, SystemExit):
         module = importlib.import_module(Path(name).stem) if Path(name).is_file() else None
         if hasattr(module, "parse_args"):
             module.parse_args(argv)
         elif hasattr(module, "main"):
-            argparse.ArgumentParser.parse_args = stop
+            argparse.ArgumentParser.parse_known_args = stop
             module.main()
         elif argv or module is None:
             print("no such script, or it takes no arguments", file=sys.stderr)

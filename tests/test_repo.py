@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "signals": set(),
     "lora": {"added", "config", "files", "fsdp", "loading", "model", "peft_files", "shards", "vocab"},
     "peft_files": {"added", "files", "model"},
-    "export": {"checkpoint", "config", "fsdp", "loading", "lora", "peft_files"},
+    "export": {"checkpoint", "config", "fsdp", "loading", "lora", "model", "peft_files"},
     "parts": {"config", "files"},
     "progress": set(),
     "generation": {"chat", "encode", "fsdp"},
