@@ -4,7 +4,7 @@
 
 Drives the real align.py, a process a run, on pairs of the same length: a model directory, and a GPT-2, a
 GPT-NeoX and a Qwen2 of 50 to 200 million random parameters, each with all weights trained and with adapters,
-against a live reference (the base with the adapters off) and with a loss that has none. Measured is the peak
+against a live reference (the base with the adapters off), a cached one, and with a loss that has none. Measured is the peak
 resident set less what was resident once align.py was imported; predicted is the line that the run begins
 with. Prints a Markdown table. Other processes do not disturb it.
 """
@@ -25,8 +25,10 @@ sys.path.insert(0, str(ROOT))
 PAIRS = 8  # of a step: two micro-batches of four
 CASES = {
     "all, live": ["--loss", "dpo"],
+    "all, cached": ["--loss", "dpo", "--cache-reference", "CACHE"],
     "all, none": ["--loss", "simpo"],
     "LoRA, adapters off": ["--loss", "dpo", "--lora-rank", "16"],
+    "LoRA, cached": ["--loss", "dpo", "--lora-rank", "16", "--cache-reference", "CACHE"],
     "LoRA, none": ["--loss", "simpo", "--lora-rank", "16"],
 }
 SHARED = {"vocab_size": 50304, "bos_token_id": 0, "eos_token_id": 0}
@@ -76,17 +78,19 @@ def write_pairs(path: Path, pairs: int, length: int) -> None:
 
 
 def run(model: str, flags: list[str], length: int = 64, steps: int = 2) -> dict[str, float]:
-    """GB that a run of align.py said it would need, and that it took."""
+    """GB that a run of align.py said it would need, and that it took; a cache is filled by one before it."""
     with tempfile.TemporaryDirectory() as name:
+        flags = [f"{name}/kept" if word == "CACHE" else word for word in flags]
         write_pairs(Path(name, "pairs.jsonl"), 2 * PAIRS, length)
         command = [sys.executable, __file__, "measured", "--model", model, "--data", f"{name}/pairs.jsonl", *flags]
         command += ["--out", f"{name}/run", "--steps", str(steps), "--max-length", str(2 * length)]
         command += ["--max-prompt-length", str(length), "--batch-size", str(PAIRS), "--eval-every", "0"]
         command += ["--tokens-per-microbatch", str(PAIRS // 2 * 3 * length)]
         command += ["--device", "cpu", "--chat-template", "plain", "--token-cache", f"{name}/cache"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-        if done.returncode:
-            sys.exit(done.stderr[-4000:])
+        for more in [["--cache-reference-only", "true"]] * ("--cache-reference" in flags) + [[]]:
+            done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+            if done.returncode:
+                sys.exit(done.stderr[-4000:])
         said = re.search(r"needs about ([\d.]+) GB a rank.*", done.stdout)
         found = json.loads(done.stdout.splitlines()[-1])
         return found | {"predicted": float(said[1]), "said": said[0]}
