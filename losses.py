@@ -502,12 +502,11 @@ def grpo(
         raise ValueError(f"epsilon must be in (0, 1), got {epsilon}")
     _positive(std_floor=std_floor)
     _not_negative(beta=beta)
-    groups = len(scores)  # at most so many: what the host knows without waiting for `group`
-    members = scores.new_zeros(groups).index_add(0, group, torch.ones_like(scores)).clamp(min=1)  # (G,)
-    mean = scores.new_zeros(groups).index_add(0, group, scores) / members  # (G,)
-    centred = scores - mean[group]  # (R,)
-    variance = scores.new_zeros(groups).index_add(0, group, centred.square()) / members  # (G,)
-    advantages = centred / (variance.sqrt()[group] + std_floor)  # (R,)
+    same = (group[:, None] == group).to(scores.dtype)  # (R, R); the host need not know how many
+    members = same.sum(1)  # (R,) of its group
+    centred = scores - (same * scores).sum(1) / members  # (R,)
+    variance = (same * centred.square()).sum(1) / members  # (R,)
+    advantages = centred / (variance.sqrt() + std_floor)  # (R,)
     bounds = (1 - epsilon, 1 + epsilon)
     surrogate, clipped = _clipped(token_logratios, advantages[response], *bounds)  # (N,) each
     logratios = token_policy_logps - token_ref_logps  # (N,)
