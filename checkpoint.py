@@ -222,8 +222,8 @@ def resume(
     same = record["world_size"] == fsdp.ranks()[1]
     held = metadata.read(path).state_dict_metadata
     # of other ranks' random numbers none; a run on a CPU has none of a GPU's
-    absent = {k for k in state if k.startswith("rng_") and not (same and (k in held or "cuda" not in k))}
-    state = {key: value for key, value in state.items() if key not in absent}
+    asked = (k for k in state if not k.startswith("rng_") or (same and (k in held or "cuda" not in k)))
+    state = {key: state[key] for key in asked}
     _read(path, state)
     for name, value in state.items():
         if name.startswith("rng_"):

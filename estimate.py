@@ -64,8 +64,8 @@ def report(
     work = flops(whole, run, tokens, SHARE * tokens, args.max_length / 2)
     steps = "" if args.steps is None else f"; {args.steps} steps, {args.steps * work:.3g} FLOP"
     say(f"a step: up to {tokens} tokens in {run.microbatches} micro-batches a rank, {work:.3g} FLOP{steps}")
-    ways = {way: _parts(whole, run._replace(checkpointing=way), other) for way in WAYS}
-    say("by --activation-checkpointing: " + ", ".join(f"{way} {_gb(ways[way])}" for way in WAYS))
+    ways = (f"{way} {_gb(_parts(whole, run._replace(checkpointing=way), other))}" for way in WAYS)
+    say("by --activation-checkpointing: " + ", ".join(ways))
     say(f"with {_chosen(args)}")
     disk = f"disk: a checkpoint {12 * trained / 1e9:.3g} GB, final/ up to {4 * total / 1e9:.3g} GB"
     if args.steps is not None:

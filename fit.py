@@ -69,11 +69,10 @@ def settle(
     `lengths` are tokens of each group, `objective` that of align.py."""
     if None not in (args.tokens_per_microbatch, args.activation_checkpointing):
         return
-    cuda = device.type == "cuda"
-    room = TIGHT * estimate.room(args, device)
+    room = TIGHT * estimate.room(args, device) if device.type == "cuda" else None
     said = 0
     if fsdp.ranks()[0] == 0:
-        found = choose(args, lengths, ranks, objective, room if cuda else None, _before(args))
+        found = choose(args, lengths, ranks, objective, room, _before(args))
         said = found.tokens * len(estimate.WAYS) + estimate.WAYS.index(found.way)
     tokens, index = divmod(fsdp.from_rank_zero(said, device), len(estimate.WAYS))
     vars(args).update(vars(_with(args, Choice(tokens, estimate.WAYS[index]))))

@@ -179,8 +179,8 @@ def untrained(
         raise ValueError(f"it was trained from another model than {path} is now")
     if found.source is not None and found.source.places is None:  # only transformers can tell, and reads all
         shards.fill(found, found.source, torch.device("cpu"))
-    held = {name: loading.stored(found)[name] for name in names}
-    return {n: shards.read(found.source, n, v) if v.is_meta else v for n, v in held.items()}
+    held = loading.stored(found)
+    return {n: shards.read(found.source, n, held[n]) if held[n].is_meta else held[n] for n in names}
 
 
 def place(

@@ -109,8 +109,8 @@ def _clone(
 
 def _floats(lm: nn.Module) -> dict[tuple[str, str], float]:
     """What the modules of a model have of numbers that are not whole, by their names and its own."""
-    found = [(name, module) for name, module in lm.named_modules()]
-    return {(n, key): x for n, module in found for key, x in vars(module).items() if isinstance(x, float)}
+    named = lm.named_modules()
+    return {(n, key): x for n, module in named for key, x in vars(module).items() if isinstance(x, float)}
 
 
 @contextlib.contextmanager

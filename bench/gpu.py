@@ -175,8 +175,8 @@ def counted(label: str, path: Path, trained: float, checkpointing: str) -> tuple
     weights = memory.numbers(body.weights)
     if not SHAPES[path.name]["tie_word_embeddings"]:
         weights -= body.head[0] * body.head[1]
-    live = "dpo" in label and "cached" not in label
-    reference = "live" if live else "hidden" if "ra_dpo1" in label or "hidden" in label else "cached" if "cached" in label else "none"
+    live, hidden = "dpo" in label and "cached" not in label, "--cache-hidden" in ROWS[label]
+    reference = "live" if live else "hidden" if hidden else "cached" if "cached" in label else "none"
     how = memory.Run(1, checkpointing=checkpointing, reference=reference, drift="ra_dpo1" in label, cuda=True)
     plain = (4 if "LoRA" in label else 6) * weights
     return plain, plain + 2 * weights * live, memory.flops(body, how, 1.0, trained, 150.0)

@@ -173,6 +173,17 @@ def test_a_save_behind_the_training_is_of_the_state_then(fresh, tmp_path, monkey
     assert resume(tmp_path / "behind", "auto", fresh) == 2
 
 
+def test_a_checkpoint_of_a_cpu_is_one_for_a_gpu_too(run, fresh, monkeypatch):
+    """It has none of a GPU's random numbers, which are asked for there. red: every rng_ of this rank asked for;
+    none of them where one is missing"""
+    made, state = torch.get_rng_state(), checkpoint._state
+    monkeypatch.setattr(checkpoint, "_state", lambda *parts: state(*parts) | {"rng_0_cuda": torch.zeros(16)})
+    torch.manual_seed(7)
+    assert resume(run, "auto", fresh) == 2
+    assert not torch.equal(torch.get_rng_state(), torch.manual_seed(7).get_state())
+    torch.set_rng_state(made)
+
+
 def test_the_step_of_adamw_is_made_where_its_parameter_is():
     """Fused AdamW on a GPU refuses one on the CPU. red: torch.tensor(0.0)"""
     policy = torch.nn.Linear(2, 2, device="meta")
