@@ -21,12 +21,14 @@ import config
 import fsdp
 import lora
 from memory import (
-    ADAPTERS, CARDS, MOST_RANKS, SPARE, Body, Run, balance, bodies, fewest, flops, need, numbers, run_of,
+    ADAPTERS, CARDS, MOST_RANKS, SPARE, Body, Run, balance, bodies, fewest, flops, holes, need, numbers,
+    run_of,
 )  # fmt: skip
 
 # Beside the tensors, of a process on a CPU: the tokenizer, code that is loaded late, compiled products and
-# stacks; and gaps of the heap, a share of what is counted. Measured by bench/peak.py.
-RUNTIME, GAPS = 0.12e9, 0.12
+# stacks; and the holes of its heap, twice where glibc keeps small blocks for each thread (fsdp.py). Measured
+# by bench/peak.py.
+RUNTIME = 0.07e9
 WAYS = ("none", "ops", "selective", "full")  # --activation-checkpointing
 SHARE = 0.5  # of the tokens that are trained, where no data say it
 ROW_BYTES = 5  # of a token in --token-cache: its id and whether it is trained
@@ -109,7 +111,8 @@ def refuse(
 def _parts(body: Body, run: Run, other: Body | None) -> dict[str, float]:
     """What a rank needs of its GPU's memory, or of the machine's."""
     parts = need(body, run, other)
-    return parts | ({} if run.cuda else {"runtime": RUNTIME + GAPS * sum(parts.values())})
+    gaps = holes(body, run) * (1 if fsdp.NO_THREAD_CACHE in os.environ.get("GLIBC_TUNABLES", "") else 2)
+    return parts | ({} if run.cuda else {"runtime": RUNTIME + gaps})
 
 
 def limit_of(args: argparse.Namespace, cuda: bool) -> float:

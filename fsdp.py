@@ -39,6 +39,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+LARGEST = 2**25  # bytes of a block that stays in the heap; glibc takes no more
+NO_THREAD_CACHE = "glibc.malloc.tcache_count=0"
 # What the thread of `_watch` says of this rank and knows of the others.
 HEALTH: dict[str, Any] = {
     "calls": 0, "heard": {}, "pause": 1.0, "store": None, "still": None, "report": lambda reason: None,
@@ -166,10 +168,12 @@ def _keep_freed_memory() -> None:
     """Tell glibc to keep what is freed for the next tensor: given back, every page of it is mapped and zeroed
     anew by the kernel, at a sixth of the speed of writing it. Blocks of over 32 MB, few and mostly of the
     vocabulary's size, are given back all the same: cut up by others they would not fit the next of their
-    kind. Another C library is left alone."""
+    kind. Another C library is left alone. Without glibc's caches of small blocks, which only a process's
+    environment takes away (GLIBC_TUNABLES=NO_THREAD_CACHE, run.sh), the heap is smaller: they hold the odd
+    ends of aligned tensors, and a freed tensor without its ends is no place for another."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: glibc takes no higher one
+        mallopt(-3, LARGEST)  # M_MMAP_THRESHOLD
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
         mallopt(-2, 2**26)  # M_TOP_PAD: grow by 64 MB
 

@@ -44,6 +44,7 @@ SPARE = 0.08
 # GB of memory: a card that has it, and its dense bf16 TFLOP/s by its data sheet.
 CARDS = {24: ("RTX 4090", 165), 40: ("A100", 312), 80: ("H100", 989), 141: ("H200", 989), 192: ("B200", 2250)}
 MOST_RANKS = 1024
+COUNTED: dict[tuple, "Body"] = {}  # by what `bodies` was asked
 TWINS = ("live", "adapters", "hidden")  # references whose states meet the head
 # The adapters that are advised, and those of the table.
 ADAPTERS = {
@@ -250,21 +251,23 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     roots = root + live * run.size * numbers(other.root)
     matrix = body.head_trained * run.size * math.prod(body.head)  # the gradient of the head
     back = run.size * numbers(trainable) + 4 * numbers(trainable)  # whole, and on its way to its shards
-    # the same of the root, where a tied matrix has the embedding's gradient added to the head's; to shards of
-    # earlier micro-batches new ones are added, which of one rank are what was to be sent
+    # The same of the root. In the embedding's backward, where a tied matrix has the gradients of head and
+    # embedding and their sum, it is gathered still; on the way to shards no longer, and to shards of earlier
+    # micro-batches new ones are added, which of one rank are what was to be sent.
     tied = sum(weight.shape == body.head for weight in body.root) == 1
     added = (several and not last and run.ranks > 1) / run.ranks
-    ends = run.size * numbers(given) + matrix * tied + 4 * numbers(given) * (1 + added)
+    ends, sent = run.size * numbers(given), 4 * numbers(given) * (1 + added)
     moments = [  # gradients, gathered, activations, head
         (earlier, roots + run.size * numbers(body.blocks[-1]), kept + states, _head(body, run)),
         (earlier + back, roots + 2 * of_block, kept + states + again, matrix),
-        (max(gradients, earlier) + ends, roots, states, 0.0),
+        (max(gradients, earlier) + ends + 2 * matrix * tied, roots, states, 0.0),
+        (max(gradients, earlier) + ends + sent, roots - root, states, 0.0),
     ]
-    # On a CPU the end too: the largest weight, gathered, looked through for what is not finite, and cast; the
-    # heap of the steps is kept (fsdp.py), what they held in large blocks is not. Of a GPU that is the host's.
+    # On a CPU the end too: the largest weight, gathered and cast, or with what an adapter adds; the heap of
+    # the steps is kept (fsdp.py), large blocks, as of the root, are not. Of a GPU that is the host's.
     if not run.cuda:
-        largest = 12.0 * max(numbers([weight]) for weight in body.weights)
-        moments.append((0.0, roots, kept + states + again, 0.0, largest))
+        largest = 8.0 * max(numbers([weight]) for weight in body.weights)
+        moments.append((0.0, 0.0, kept + states + again, 0.0, largest))
     parts = ("gradients", "gathered", "activations", "head", "export")
     return [always | dict(zip(parts, moment)) for moment in moments]
 
@@ -294,8 +297,16 @@ def _head(body: Body, run: Run) -> float:
     tiles = 6 * min(chunk, vocab.CUDA_TILE_BYTES if run.cuda else vocab.TILE_BYTES)
     total = matrix * body.head_trained
     forward = (1 + twins) * (wide + chunk)
-    backward = (1 + run.drift) * (wide + chunk) + total + chunk * run.size / 4
+    backward = (1 + run.drift) * (wide + chunk) + total + (run.size < 4) * chunk * run.size / 4
     return max(forward, backward) + tiles
+
+
+def holes(body: Body, run: Run) -> float:
+    """Bytes of a heap that a CPU's blocks leave behind them: each gathers its weights where a piece of what
+    the one before it had is still in use, so that in the end all have had a place of their own. What is
+    larger than fsdp.LARGEST is given back."""
+    sizes = (run.size * math.prod(weight.shape) for block in body.blocks for weight in block)
+    return float(sum(size for size in sizes if size <= fsdp.LARGEST))
 
 
 def flops(body: Body, run: Run, tokens: float, trained: float, keys: float) -> float:
@@ -326,11 +337,18 @@ def bodies(args: argparse.Namespace, objective: Any) -> tuple[Body, Body | None]
         made += [args.reference] * (args.reference not in (None, args.model))
     trust, dtype = args.trust_remote_code, getattr(torch, args.dtype)
     adapt = [functools.partial(lora.insert, args=args) if lora.wanted(args) else None, None]
-    found = [body(loading.settings(path, trust), dtype, how, trust) for path, how in zip(made, adapt)]
+    flags = {name: value for name, value in vars(args).items() if name.startswith("lora")}
+    found = []
+    for path, how in zip(made, adapt):
+        settings = loading.settings(path, trust)
+        asked = (type(settings), repr(settings.to_dict()), dtype, repr(how and flags))
+        if asked not in COUNTED:
+            COUNTED[asked] = body(settings, dtype, how, trust)
+        found.append(COUNTED[asked])
     if objective is not None and objective.advantages is not None:
         width = found[0].head[1]
         shapes = [(width, width), (width,)] * 2 + [(1, width), (1,)]
-        found[0].root.extend(Weight(shape, True) for shape in shapes)
+        found[0] = found[0]._replace(root=[*found[0].root, *(Weight(shape, True) for shape in shapes)])
     return found[0], (found + [None])[1]
 
 

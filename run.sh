@@ -6,6 +6,8 @@ cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3.11}
 NPROC=${NPROC:-1}
 RUNS=${RUNS:-runs/demo}
+# glibc's caches of small blocks cut the heap up: a run on a CPU takes up to a quarter less memory without them
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.tcache_count=0}
 
 usage() {
     cat <<'TEXT'

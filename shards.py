@@ -41,27 +41,9 @@ class Source(NamedTuple):
     places: dict[str, Place | None] | None  # by parameter, None: zeros; None: only transformers can tell
 
 
-@contextlib.contextmanager
-def _without_memory() -> Iterator[None]:
-    """A parameter made within is moved to the meta device as soon as it has a name, before anything is
-    written into it; a buffer is computed as ever, for no file holds the frequencies of a rotary embedding."""
-    register = nn.Module.register_parameter
-
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-
-    nn.Module.register_parameter = register_empty
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
 def skeleton(path: str, config: Any, trust_remote_code: bool) -> nn.Module:
     """What loading.from_pretrained gives, in fp32, but for its parameters, which are on the meta device."""
-    with _without_memory():
+    with loading.without_memory():
         lm = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
         )

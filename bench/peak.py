@@ -6,7 +6,8 @@ Drives the real align.py, a process a run, on pairs of the same length: a model 
 GPT-NeoX and a Qwen2 of 50 to 200 million random parameters, each with all weights trained and with adapters,
 against a live reference (the base with the adapters off), a cached one, and with a loss that has none. Measured is the peak
 resident set less what was resident once align.py was imported; predicted is the line that the run begins
-with. Prints a Markdown table. Other processes do not disturb it.
+with. GLIBC_TUNABLES is what run.sh sets it to, or what it is. Prints a Markdown table. Other processes do not
+disturb it.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import fsdp  # noqa: E402
 
 PAIRS = 8  # of a step: two micro-batches of four
 CASES = {
@@ -77,8 +80,12 @@ def write_pairs(path: Path, pairs: int, length: int) -> None:
             file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), texts))) + "\n")
 
 
-def run(model: str, flags: list[str], length: int = 64, steps: int = 2) -> dict[str, float]:
-    """GB that a run of align.py said it would need, and that it took; a cache is filled by one before it."""
+def run(
+    model: str, flags: list[str], length: int = 64, steps: int = 2, fill: bool = True
+) -> dict[str, float]:  # fmt: skip
+    """GB that a run of align.py said it would need, and that it took; its cache is filled by one before it,
+    or by itself."""
+    environment = {"GLIBC_TUNABLES": fsdp.NO_THREAD_CACHE} | os.environ
     with tempfile.TemporaryDirectory() as name:
         flags = [f"{name}/kept" if word == "CACHE" else word for word in flags]
         write_pairs(Path(name, "pairs.jsonl"), 2 * PAIRS, length)
@@ -87,8 +94,8 @@ def run(model: str, flags: list[str], length: int = 64, steps: int = 2) -> dict[
         command += ["--max-prompt-length", str(length), "--batch-size", str(PAIRS), "--eval-every", "0"]
         command += ["--tokens-per-microbatch", str(PAIRS // 2 * 3 * length)]
         command += ["--device", "cpu", "--chat-template", "plain", "--token-cache", f"{name}/cache"]
-        for more in [["--cache-reference-only", "true"]] * ("--cache-reference" in flags) + [[]]:
-            done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+        for more in [["--cache-reference-only", "true"]] * (fill and "--cache-reference" in flags) + [[]]:
+            done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, env=environment)
             if done.returncode:
                 sys.exit(done.stderr[-4000:])
         said = re.search(r"needs about ([\d.]+) GB a rank.*", done.stdout)

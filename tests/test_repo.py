@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "added": {"fsdp"},
     "fit": {"checkpoint", "config", "estimate", "files", "fsdp", "memory", "precision"},
     "model": {"added", "attention", "files", "fsdp", "loading", "packing", "shards", "vocab"},
-    "packing": {"attention", "vocab"},
+    "packing": {"attention", "loading", "vocab"},
     "shards": {"fsdp", "loading"},
     "fsdp": set(),
     "frozen": {"batch", "fsdp", "model", "objective", "vocab"},
