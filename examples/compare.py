@@ -89,6 +89,7 @@ COLUMNS = {
     "seconds": ("seconds a run", ".0f"),
 }
 PAIRED = {key: COLUMNS[key] for key in ("accuracy", "margin", "kl_chosen", "kl_rejected")}
+RATIOS = {"kl_chosen": "KL chosen, times", "kl_rejected": "KL rejected, times"}
 BASES = ("dpo", "tdpo1")  # that the others are compared with
 PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin", "cvar_rejected")]  # of the frontier
 
@@ -266,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         told = settings(args, args.steps, "test")
         found = {rate: frontier.read(args.results, told | {"lr": rate}) for rate in set(rates.values())}
         rows = [row for rate in found for row in found[rate].values() if rates.get(row["method"]) == rate]
-        compared = [frontier.differences(rows, PAIRED, base) for base in BASES]
+        compared = [frontier.differences(rows, PAIRED, base, RATIOS) for base in BASES]
         said = "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared]))
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)

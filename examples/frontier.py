@@ -15,7 +15,7 @@ import multiprocessing
 import os
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import config
 import numpy as np
@@ -122,24 +122,33 @@ def table(rows: Iterable[Row], columns: dict[str, tuple[str, str]] = MEASURES) -
     return "\n".join(lines)
 
 
-def with_interval(differences: Sequence[float]) -> str:
-    """Their mean and 95 % interval (Student's t): one a seed."""
+def with_interval(differences: Sequence[float], form: str = "+.3f", shown: Callable = float) -> str:
+    """Their mean and 95 % interval (Student's t), one a seed, each end as `shown` makes it."""
     mean, error = mean_and_error(differences) if differences else (math.nan, math.nan)
     half = STUDENT[min(len(differences), 10) - 2] * error
-    return f"{mean:+.3f}" + (f" ({mean - half:+.3f} to {mean + half:+.3f})" if len(differences) > 1 else "")
+    middle, low, high = (format(shown(value), form) for value in (mean, mean - half, mean + half))
+    return f"{middle} ({low} to {high})" if len(differences) > 1 else middle
 
 
-def differences(rows: Iterable[Row], columns: dict[str, tuple[str, str]], base: str) -> str:
+def differences(
+    rows: Iterable[Row], columns: dict[str, tuple[str, str]], base: str, ratios: dict[str, str] = {}
+) -> str:  # fmt: skip
     """As Markdown: each method less `base` at the same beta, seed by seed, so that what the order of the data
-    does to both falls out; mean and 95 % interval over the seeds that both have. "" if nothing is paired."""
+    does to both falls out; mean and 95 % interval over the seeds that both have. Of `ratios`, key -> heading,
+    the mean and interval of the logarithms of quotients, as quotients: for what a seed multiplies, as it does
+    a drift. "" if nothing is paired."""
     found = by_method(rows)
-    names = " | ".join(title for title, _ in columns.values())
-    lines = [f"| method, less {base} | beta | seeds | {names} |", "|---" * (len(columns) + 3) + "|"]
+    names = " | ".join([title for title, _ in columns.values()] + list(ratios.values()))
+    lines = [f"| method, less {base} | beta | seeds | {names} |"]
+    lines.append("|---" * (len(columns) + len(ratios) + 3) + "|")
     for method in [name for name in found if name not in (base, "reference", "ideal")]:
         for beta, ours in found[method].items():
             theirs = {row["seed"]: row for row in found.get(base, {}).get(beta, [])}
             pairs = [(row, theirs[row["seed"]]) for row in ours if row["seed"] in theirs]
             cells = [with_interval([a[key] - b[key] for a, b in pairs]) for key in columns]
+            for key in ratios:
+                logs = [math.log(a[key] / b[key]) for a, b in pairs if min(a[key], b[key]) > 0]
+                cells.append(with_interval(logs, ".2f", math.exp) if len(logs) == len(pairs) else "")
             if pairs:
                 lines.append(f"| {method} | {beta:g} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""

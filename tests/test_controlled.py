@@ -122,7 +122,8 @@ def test_the_difference_from_dpo_at_equal_drift():
 
 
 def test_the_difference_from_a_method_seed_by_seed():
-    """red: seeds paired by place; another beta's rows; an error of means instead of differences."""
+    """red: seeds paired by place; another beta's rows; an error of means instead of differences; a ratio of means
+    instead of a mean of ratios."""
     frontier, columns = controlled.frontier, {"kl": ("KL", ".3f")}
     of = lambda method, beta, seed, kl: {"method": method, "beta": beta, "seed": seed, "kl": kl}  # noqa: E731
     rows = [of("dpo", 0.1, seed, float(seed)) for seed in (0, 10, 20)] + [of("dpo", 1.0, 0, 9.0)]
@@ -132,6 +133,11 @@ def test_the_difference_from_a_method_seed_by_seed():
     assert lines[0] == ["method, less dpo", "beta", "seeds", "KL"]
     # 0.3 and 0.25: 0.275 and 12.706 times 0.025
     assert lines[2:] == [["kto", "1", "1", "-1.000"], ["kto", "0.1", "2", "+0.275 (-0.043 to +0.593)"]]
+    # thrice and six times as much: on the scale of logarithms 18 ** 0.5, and 12.706 times log(2) / 2 about it
+    twice = [of("dpo", 0.1, 0, 1.0), of("dpo", 0.1, 1, 5.0), of("kto", 0.1, 1, 15.0), of("kto", 0.1, 0, 6.0)]
+    last = frontier.differences(twice, {}, "dpo", {"kl": "KL, times"}).splitlines()[-1]
+    assert last == "| kto | 0.1 | 2 | 4.24 (0.05 to 346.80) |"
+    assert frontier.differences([row | {"kl": 0.0} for row in twice], {}, "dpo", {"kl": ""}).endswith("| 2 |  |")
     assert frontier.differences(rows[:4], columns, "dpo") == frontier.differences(rows, columns, "tdpo1") == ""
 
 
