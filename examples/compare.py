@@ -1,22 +1,25 @@
 """Methods compared on a real model and real preferences: SmolLM2-135M on the HH harmless sample, with seeds.
 
     bash run.sh compare            the whole plan, many hours; stopped, the same command goes on
+    bash run.sh compare --small    the same methods and seeds in fp32, 20 steps, one rate: 4 hours on 2 cores
     bash run.sh compare --quick    three methods, one seed, a few steps: that it runs, nothing else
     python examples/compare.py --methods dpo tdpo2 --seeds 0 1 --model DIR
     python examples/compare.py --jobs 12     that many runs at a time share a GPU; OMP_NUM_THREADS=1
 
 In this order, each piece skipped where its row is in --results:
 
-    1. the training rows are split by prompt into train and dev; SFT on the chosen answers of train
-    2. each method at beta 0.1, seed 0, half of the steps, at three learning rates: the rate is the one
-       with the best accuracy on dev, of equals the smallest. Dev has 240 pairs, so two rates less than
-       0.04 apart are not told apart
+    1. the training rows are split by what a dialogue begins with into train and dev; SFT on the chosen
+       answers of train
+    2. each method at beta 0.1, the first seed, half of the steps, at three learning rates: the rate is the
+       one with the best accuracy on dev, of equals the smallest. Dev has about 240 pairs, so two rates less
+       than 0.04 apart are not told apart, and drifts of methods at different rates are drifts of rates
     3. each method at its rate, beta 0.1: five seeds of dpo, tdpo1, tdpo2 and ra_dpo1_cvar_0.97, three of
        the rest
     4. dpo, tdpo2 and ra_dpo1_cvar_0.97 at other betas, with one seed, for a frontier
 
 All from the same SFT model with the same number of steps and pairs a step, 10 % of them warm-up. The
-reference's hidden states are computed once and kept (--cache-reference). Whatever a model was trained with,
+reference's hidden states are computed once and kept (--cache-reference). What each training logged is kept
+beside --results, for plot.py. Whatever a model was trained with,
 it is measured alike, in fp32, on the test rows: reward = log pi(y) - log pi_ref(y), so that accuracies
 compare; KL(reference || policy) and its CVaR at 5 % in nats, summed over the answer. The standard error of
 an accuracy of 360 pairs is 0.026, that of a difference between two models on the same pairs is smaller. A
@@ -69,6 +72,8 @@ DEV = 8  # one prompt of so many
 PAIRS = 8  # of a step
 LENGTHS = "--max-length 256 --max-prompt-length 128"
 TRAINED = f"{LENGTHS} --activation-checkpointing none --tokens-per-microbatch 4096"
+SMALL = {"rows": 480, "sft_steps": 40, "steps": 20, "eval_pairs": 120, "rates": (2e-5,)}
+LABELS = ("loss", "risk", "confidence_level", "risk_aversion", "beta", "lr", "seed", "steps")  # of a curve
 MEASURE = "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1 --steps 0 --dtype float32"
 LOGGED = {  # of align.py -> of a row
     "rewards/accuracies": "accuracy",
@@ -95,14 +100,15 @@ PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin", "cvar_rejecte
 
 
 def split(source: Path, out: Path, rows: int | None) -> None:
-    """train.jsonl and dev.jsonl of the first so many training rows: a prompt is in one of them."""
+    """train.jsonl and dev.jsonl of the first so many training rows: dialogues that begin alike, of which one
+    may go on where another ends, are in one of them."""
     if (out / "train.jsonl").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[str]] = {"dev": [], "train": []}  # train is written last
     for line in source.read_text(encoding="utf-8").splitlines()[:rows]:
-        prompt = json.dumps(json.loads(line)["prompt"])
-        held = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % DEV == 0
+        begins = json.dumps(json.loads(line)["prompt"][0])
+        held = int(hashlib.sha256(begins.encode()).hexdigest(), 16) % DEV == 0
         parts["dev" if held else "train"].append(line + "\n")
     for name, lines in parts.items():
         beside = out / f".{name}.tmp"
@@ -128,7 +134,7 @@ def script(main: Callable, command: str, out: Path, **paths: Path) -> dict[str, 
 def settings(args: argparse.Namespace, steps: int, judged: str) -> dict[str, Any]:
     """What rows must have in common to be compared."""
     shared = {"model": args.model.name, "rows": args.rows, "sft_steps": args.sft_steps}
-    shared["dtype"] = precision.usual("auto")  # of training, as align.py takes it
+    shared["dtype"] = args.dtype.split()[-1] if args.dtype else precision.usual("auto")  # of training
     return shared | {"steps": steps, "judged": judged, "eval_pairs": args.eval_pairs}
 
 
@@ -145,7 +151,7 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     how = f"{METHODS[method]} --beta {beta:g} --lr {rate:g} --steps {steps}"
     how += f" --warmup-steps {max(1, steps // 10)} --batch-size {batch}"
     saved = 50 if args.jobs == 1 else 0  # runs at a time are short ones, and would fill a disk
-    how += f" --seed {seed} {TRAINED} --save-every {saved} --log-every 10"
+    how += f" --seed {seed} {TRAINED} --save-every {saved} --log-every {max(1, steps // 20)}{args.dtype}"
     script(align.main, how, out / "run", model=start, data=args.out / "train.jsonl", cache_reference=cache)
     paths = {"model": out / "run" / "final", "reference": start, "cache_reference": cache}
     paths |= {"data": args.out / "dev.jsonl", "eval_data": rows[judged]}
@@ -156,7 +162,14 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     if judged == "test" and key[1:] == (BETA, args.seeds[0]):
         kl = drift.drifts([str(paths["model"])], str(start), str(rows[judged]), args.eval_pairs, 256)
         row["drift"] = drift.summary(next(kl))
-    frontier.add(args.results, row)
+    frontier.add(args.results, row | frontier.where())
+    if judged == "test":
+        kept = args.results.with_suffix("") / out.name
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(out / "run" / "metrics.jsonl", kept)
+        flags = json.loads((out / "run" / "args.json").read_text(encoding="utf-8"))
+        told = json.dumps({name: flags[name] for name in LABELS if flags.get(name) is not None})
+        (kept / "args.json").write_text(told + "\n", encoding="utf-8")
     shutil.rmtree(out)
     said = "  ".join(f"{name} {row[name]:.3f}" for name in ("accuracy", "kl_chosen", "kl_rejected"))
     said += f"  {row['seconds']:.0f} s"
@@ -199,18 +212,19 @@ def chosen_rates(args: argparse.Namespace) -> dict[str, float]:
     if len(args.rates) == 1:
         return dict.fromkeys(args.methods, args.rates[0])
     steps, rates = max(1, args.steps // 2), sorted(args.rates)
-    wanted = [((method, BETA, 0), rate) for method in args.methods for rate in rates]
+    first = args.seeds[0]
+    wanted = [((method, BETA, first), rate) for method in args.methods for rate in rates]
     runs(wanted, steps, "dev", args)
     found = {rate: frontier.read(args.results, settings(args, steps, "dev") | {"lr": rate}) for rate in rates}
-    accuracies = {m: {rate: found[rate][m, BETA, 0]["accuracy"] for rate in rates} for m in args.methods}
+    accuracies = {m: {rate: found[rate][m, BETA, first]["accuracy"] for rate in rates} for m in args.methods}
     return {method: max(best, key=best.get) for method, best in accuracies.items()}
 
 
 def plan(args: argparse.Namespace) -> Iterable[tuple[str, float, int]]:
     """(method, beta, seed) of step 3 seed by seed, so that what is there can be compared, and of step 4."""
-    for seed in args.seeds:
+    for index, seed in enumerate(args.seeds):
         for method in args.methods:
-            if method in MAIN or seed < 3:
+            if method in MAIN or index < 3:
                 yield method, BETA, seed
     for beta in args.betas:
         for method in args.methods:
@@ -224,6 +238,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = made.add_argument
     # fmt: off
     add("--quick", action="store_true", help="three methods, one seed, one rate, one beta, few steps")
+    add("--small", action="store_true", help="for two cores: fp32, fewer steps and rows, one rate")
     add("--methods", nargs="+", choices=METHODS, default=None, help="None: all, or three with --quick")
     add("--seeds", nargs="+", type=config.count_or_zero, default=None, help="None: 0 to 4")
     add("--betas", nargs="*", type=config.positive, default=None, help=f"None: {OTHER_BETAS}")
@@ -238,17 +253,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--results", type=Path, default=None, help="rows; None: bench/results/compare.jsonl, or in --out")
     # fmt: on
     args = made.parse_args(argv)
-    quick = args.quick
+    quick, small = args.quick, SMALL if args.small else {}
     args.methods = args.methods or list(QUICK if quick else METHODS)
     args.seeds = args.seeds or ([0] if quick else [0, 1, 2, 3, 4])
     args.betas = args.betas if args.betas is not None else [] if quick else OTHER_BETAS
-    args.rates = args.rates or ([5e-6] if quick else RATES)
-    args.steps = args.steps or (20 if quick else 100)
-    args.sft_steps = args.sft_steps or (20 if quick else 200)
-    args.rows = args.rows or (240 if quick else None)
-    args.eval_pairs = args.eval_pairs or (64 if quick else 360)
+    args.rates = args.rates or small.get("rates") or ([5e-6] if quick else RATES)
+    args.steps = args.steps or small.get("steps") or (20 if quick else 100)
+    args.sft_steps = args.sft_steps or small.get("sft_steps") or (20 if quick else 200)
+    args.rows = args.rows or small.get("rows") or (240 if quick else None)
+    args.eval_pairs = args.eval_pairs or small.get("eval_pairs") or (64 if quick else 360)
+    args.dtype = " --dtype float32" if small else ""
     args.out = args.out or ROOT / "runs" / ("compare_quick" if quick else "compare")
-    args.results = args.results or (args.out if quick else ROOT / "bench" / "results") / "compare.jsonl"
+    args.out /= f"{args.model.name}-{args.rows or 'all'}-{args.sft_steps}"  # what it holds depends on these
+    kept = args.out if quick else ROOT / "bench" / "results"
+    args.results = args.results or kept / ("compare_small.jsonl" if small else "compare.jsonl")
     return args
 
 
@@ -258,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         split(ROOT / "examples" / "hh_train.jsonl", args.out, args.rows)
         how = f"--steps {args.sft_steps} --batch-size {PAIRS} --lr 1e-5 --warmup-steps 20 {TRAINED}"
+        how += args.dtype
         if not (args.out / "sft" / "final").is_dir():
             script(sft.main, how, args.out / "sft", model=args.model, data=args.out / "train.jsonl")
         if args.jobs > 1:

@@ -77,6 +77,7 @@ METHODS = {
 }
 QUICK = ("dpo", "kto", "tdpo2", "ra_dpo1_cvar_0.1", "ra_dpo2_cvar_0.98", "ra_dpo2_cvar_0.1")
 BETAS = (0.03, 0.1, 0.3, 1.0)
+STRONG = {3.0: ("dpo", "tdpo1", "ra_dpo1_cvar_0.98", "ra_dpo1_cvar_0.1")}  # where others have smaller drifts
 QUICK_BETAS = (0.1, 0.3)
 IDEAL_BETAS = (0.5, 0.7, 1.0, 1.5, 2.0, 4.0)
 SEEDS = 5
@@ -332,7 +333,7 @@ def fill(args: argparse.Namespace, settings: dict[str, int]) -> None:
     """Run what is missing: seed by seed, so that what is there can be compared at any time."""
     there = frontier.read(args.results, settings)
     for seed in args.seeds:
-        wanted = [(method, beta, seed) for beta in args.betas for method in args.methods]
+        wanted = [(method, beta, seed) for beta in args.betas for method in STRONG.get(beta, args.methods)]
         wanted = [key for key in wanted if key not in there]
         if not wanted:
             continue
@@ -352,7 +353,7 @@ def fill(args: argparse.Namespace, settings: dict[str, int]) -> None:
             row |= run(method, beta, seed, place, out, args.steps) | {"seconds": time.perf_counter() - began}
             policy = load(out / "final")
             row |= measure(policy, reference, speak(policy, args.samples, 10 * seed + 4), others)
-            frontier.add(args.results, row)
+            frontier.add(args.results, row | frontier.where())
             shutil.rmtree(out)
             said = "  ".join(f"{name} {row[name]:.3f}" for name in ("reward", "tail", "ruin", "kl"))
             config.tell(f"seed {seed}  {method}  beta {beta:g}:  {said}  {row['seconds']:.0f} s")
@@ -366,7 +367,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: off
     add("--quick", action="store_true", help="six methods, two betas, one seed, of the same settings")
     add("--methods", nargs="+", choices=METHODS, default=None, help="None: all, or six with --quick")
-    add("--betas", nargs="+", type=config.positive, default=None, help=f"of the losses; None: {BETAS}")
+    add("--betas", nargs="+", type=config.positive, default=None, help=f"None: {BETAS}, and of some {[*STRONG]}")
     add("--seeds", nargs="+", type=config.count_or_zero, default=None, help=f"None: 0 to {SEEDS - 1}")
     add("--sentences", type=config.count, default=8000, help="of SFT")
     add("--pairs", type=config.count, default=2000, help="preferences trained on")
@@ -377,7 +378,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: on
     args = made.parse_args(argv)
     args.methods = args.methods or list(QUICK if args.quick else METHODS)
-    args.betas = args.betas or (QUICK_BETAS if args.quick else BETAS)
+    args.betas = args.betas or (QUICK_BETAS if args.quick else (*BETAS, *STRONG))
     args.seeds = args.seeds or ([0] if args.quick else list(range(SEEDS)))
     return args
 
@@ -390,7 +391,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         fill(args, settings)
         rows = list(frontier.read(args.results, settings).values())
-        said = f"{frontier.at_equal_drift(rows)}\n\n{frontier.table(rows)}"
+        drifts = {key: frontier.MEASURES[key] for key in ("kl", "kl_chosen")}
+        paired = [frontier.differences(rows, drifts, base) for base in ("dpo", "tdpo1")]
+        said = "\n\n".join(filter(None, [frontier.at_equal_drift(rows), frontier.table(rows), *paired]))
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
         frontier.figure(rows, args.results)
     config.tell(said)

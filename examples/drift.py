@@ -74,7 +74,8 @@ def figure(rows: dict[str, dict[str, Any]], path: Path) -> None:
     ends = []
     for index, (name, row) in enumerate(rows.items()):
         colour, dashes = frontier.LINES.get(name, (COLOURS[index % len(COLOURS)], "-"))
-        shown = (SHARES >= 1 / row["tokens"]) & (np.array(row["quantiles"]) > 0)
+        # from the median on: the least of thousands of tokens, decades below, would squeeze the tail
+        shown = (SHARES >= 1 / row["tokens"]) & (SHARES <= 0.5) & (np.array(row["quantiles"]) > 0)
         line = np.array(row["quantiles"])[shown], SHARES[shown]
         panel.plot(*line, dashes, color=colour, linewidth=1.4)
         panel.plot([row[tail] for tail in TAILS], list(TAILS.values()), "o", color=colour, markersize=5)

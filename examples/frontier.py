@@ -1,6 +1,7 @@
 """Results of many runs by method, beta and seed: kept line by line, shown as a table and as a frontier.
 
     add, read         a row a run, in a JSONL file; what is there need not be run again
+    where             what a row was made with
     table             means and standard errors over seeds, as Markdown
     differences       from one method at the same beta, seed by seed, with intervals
     at_equal_drift    differences from dpo at the same drift, seed by seed, with intervals
@@ -13,12 +14,14 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Callable, Iterable, Sequence
 
 import config
 import numpy as np
+import torch
 
 Row = dict[str, Any]
 MEASURES = {  # key of a row -> heading, format
@@ -70,6 +73,19 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     """Six digits of a number; the learning rate and beta, by which runs are told apart, as they are."""
     apart = ("lr", "beta")
     return {k: float(f"{v:.6g}") if isinstance(v, float) and k not in apart else v for k, v in row.items()}
+
+
+def where() -> Row:
+    """Of a row: the commit, torch and the device that made it."""
+    root = Path(__file__).resolve().parent.parent
+    asked = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"commit": commit, "torch": torch.__version__, "device": device}
 
 
 def read(path: Path, settings: dict[str, int]) -> dict[tuple, Row]:
@@ -196,15 +212,18 @@ def figure(
     panels: Sequence[tuple[str, str]] = PANELS,
     against: tuple[str, str] = ("kl", "KL(policy || reference), nats a sentence"),
 ) -> None:
-    """Each measure of `panels` against a drift, a line a method through its betas, from the reference where
-    that has a row; mean and band of one standard error over seeds, the names at the right: PNG and SVG."""
+    """Each measure of `panels` against a drift, a line a method through its betas, which begins at the first of
+    them, for from the reference (the cross) on the line itself would be what differs; mean and band of one
+    standard error over seeds, the names at the right: PNG and SVG."""
     found = by_method(rows)
     start = found.pop("reference", {}).get(None)
     made, axes = canvas(len(panels))
     for panel, (key, title) in zip(axes, panels):
         ends = []
+        if start:
+            panel.plot(*[fmean(row[which] for row in start) for which in (against[0], key)], "x", color="#000000")
         for method, betas in found.items():
-            runs = ([start] if start else []) + list(betas.values())
+            runs = list(betas.values())
             points = [[fmean(row[name] for row in some) for name in (against[0], key)] for some in runs]
             drift, middle = zip(*points)
             errors = np.nan_to_num([mean_and_error([row[key] for row in some])[1] for some in runs])

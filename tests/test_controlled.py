@@ -195,7 +195,7 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     small = {"hidden_size": 48, "intermediate_size": 32, "head_dim": 8, "num_hidden_layers": 1}
     settings = AutoConfig.from_pretrained(start, **small)
     AutoModelForCausalLM.from_config(settings).save_pretrained(start)
-    command = "--methods dpo --seeds 0 --betas --rates 2.1234567e-6 1e-2 --steps 2 --sft-steps 1 "
+    command = "--methods dpo --seeds 0 --betas --rates 2.1234567e-4 1e-2 --steps 2 --sft-steps 1 "
     command += "--rows 24 --eval-pairs 8 "
     command += f"--model {start} --out {tmp_path / 'out'} --results {tmp_path / 'c.jsonl'}"
     compare.main(command.split())
@@ -213,9 +213,13 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     for name in ("c.png", "c.svg", "c_drift.png", "c_drift.svg"):
         assert (tmp_path / name).stat().st_size > 5000
     train, dev = (
-        {line.partition('"chosen"')[0] for line in (tmp_path / "out" / name).read_text("utf-8").splitlines()}
+        {json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "out/start-24-1" / name).read_text("utf-8").splitlines()}
         for name in ("train.jsonl", "dev.jsonl")
     )
     assert train and dev and not train & dev
+    kept = tmp_path / "c" / f"dpo-0.1-{best['lr']:g}-0-2"  # for plot.py
+    assert [json.loads(line)["step"] for line in (kept / "metrics.jsonl").read_text("utf-8").splitlines()] == [0, 1]
+    assert json.loads((kept / "args.json").read_text("utf-8")).keys() == {"loss", "beta", "lr", "seed", "steps"}
+    assert rows[2]["torch"] == torch.__version__ and "commit" in rows[2]
     compare.main(command.split())
     assert capsys.readouterr().out.splitlines() == said[3:]  # the table alone
