@@ -232,6 +232,12 @@ def plan(args: argparse.Namespace) -> Iterable[tuple[str, float, int]]:
                 yield method, beta, args.seeds[0]
 
 
+def tables(rows: Sequence[frontier.Row]) -> str:
+    """As Markdown: means over seeds, and differences from BASES seed by seed."""
+    compared = [frontier.differences(rows, PAIRED, base, RATIOS) for base in BASES]
+    return "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared]))
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     made.error = lambda message: config.fail(message)
@@ -286,8 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         told = settings(args, args.steps, "test")
         found = {rate: frontier.read(args.results, told | {"lr": rate}) for rate in set(rates.values())}
         rows = [row for rate in found for row in found[rate].values() if rates.get(row["method"]) == rate]
-        compared = [frontier.differences(rows, PAIRED, base, RATIOS) for base in BASES]
-        said = "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared]))
+        said = tables(rows)
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)
     frontier.figure(rows, args.results, PANELS, ("kl_chosen", "sequential KL, chosen answers, nats"))

@@ -359,6 +359,13 @@ def fill(args: argparse.Namespace, settings: dict[str, int]) -> None:
             config.tell(f"seed {seed}  {method}  beta {beta:g}:  {said}  {row['seconds']:.0f} s")
 
 
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """As Markdown: at equal drift, all means, and drifts seed by seed."""
+    drifts = {key: frontier.MEASURES[key] for key in ("kl", "kl_chosen")}
+    paired = [frontier.differences(rows, drifts, base) for base in ("dpo", "tdpo1")]
+    return "\n\n".join(filter(None, [frontier.at_equal_drift(rows), frontier.table(rows), *paired]))
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     here = Path(__file__).resolve().parent.parent
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -391,9 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         fill(args, settings)
         rows = list(frontier.read(args.results, settings).values())
-        drifts = {key: frontier.MEASURES[key] for key in ("kl", "kl_chosen")}
-        paired = [frontier.differences(rows, drifts, base) for base in ("dpo", "tdpo1")]
-        said = "\n\n".join(filter(None, [frontier.at_equal_drift(rows), frontier.table(rows), *paired]))
+        said = tables(rows)
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
         frontier.figure(rows, args.results)
     config.tell(said)

@@ -221,7 +221,7 @@ def figure(
     for panel, (key, title) in zip(axes, panels):
         ends = []
         if start:
-            panel.plot(*[fmean(row[which] for row in start) for which in (against[0], key)], "x", color="#000000")
+            panel.plot(*[fmean(row[which] for row in start) for which in (against[0], key)], "kx", clip_on=False)
         for method, betas in found.items():
             runs = list(betas.values())
             points = [[fmean(row[name] for row in some) for name in (against[0], key)] for some in runs]
