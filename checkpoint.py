@@ -33,7 +33,7 @@ import metadata
 import staging
 
 FORMAT = 1
-GROUP = 2**28  # numbers, 1 GB in fp32
+GROUP = 2**26  # numbers, 0.27 GB in fp32
 NONE, REFUSED = -1, -2  # what rank 0 says instead of a step
 # What a digest in the record stands for, and how to say that it changed.
 DIGESTS = {
