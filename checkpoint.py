@@ -19,7 +19,7 @@ import shutil
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -33,6 +33,7 @@ import metadata
 import staging
 
 FORMAT = 1
+GROUP = 2**26  # numbers, 0.27 GB in fp32
 NONE, REFUSED = -1, -2  # what rank 0 says instead of a step
 # What a digest in the record stands for, and how to say that it changed.
 DIGESTS = {
@@ -264,8 +265,8 @@ def _read(path: Path, state: dict[str, Any], **options: Any) -> None:
         raise ValueError(f"{path}: does not fit this model: {cause}") from error
 
 
-def read_model(path: Path) -> dict[str, Tensor]:
-    """The parameters of a whole checkpoint, by name, in one process. Raises ValueError if it is not whole."""
+def outline(path: Path) -> dict[str, Tensor]:
+    """The parameters of a whole checkpoint, by name, without memory. Raises ValueError if it is not whole."""
     if path.name not in [found.name for found in complete(path.parent)]:
         raise ValueError(f"{path}: no complete checkpoint")
     if problem := _damage(path):
@@ -276,9 +277,19 @@ def read_model(path: Path) -> dict[str, Tensor]:
         numbers, room = sum(map(math.prod, shapes.values())), sum(f.stat().st_size for f in path.iterdir())
         if numbers > room:  # memory would be taken for them
             raise ValueError(f"{path}: its metadata has {numbers} numbers, its files {room} bytes")
-        state = {name: torch.empty(shape) for name, shape in shapes.items()}
-    _read(path, {"model": state}, no_dist=True)
-    return state
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def read(path: Path, named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that `outline` has named, one after another, in one process. As many are in memory as
+    hold GROUP numbers, and one more. Raises ValueError if they cannot be read."""
+    group, last = {}, next(reversed(named), None)
+    for name, value in named.items():
+        group[name] = torch.empty(value.shape)
+        if name == last or sum(part.numel() for part in group.values()) >= GROUP:
+            _read(path, {"model": group}, no_dist=True)
+            yield from group.items()
+            group = {}
 
 
 def _find(out: Path, choice: str, device: torch.device) -> Path | None:

@@ -18,6 +18,7 @@ Left out: other formats.
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -337,7 +338,7 @@ def _matched(lm: nn.Module, skeleton: nn.Module, state: dict[str, Tensor]) -> di
 
 def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = False) -> None:
     """The same from a checkpoint on disk, in one process."""
-    state = checkpoint.read_model(path)
+    state = checkpoint.outline(path)
     made = checkpoint.read_record(path)["args"]
     source = made.get("model")
     if not isinstance(source, str) or not source:
@@ -348,22 +349,23 @@ def _export_offline(path: Path, out: Path, dtype: str | None, trust: bool = Fals
     if "adapter" in made:
         with config.located(str(path)):
             adapters = peft_files.rebuilt(made)
+        state = dict(checkpoint.read(path, state))
         _write_adapters(adapters, state, tokenizer, out.with_name(f"{out.name}-adapter"))
         lm, state, wholes = lora.merged(adapters, state, trust)
     else:
         settings = loading.settings(source, trust)
         with loading.one_line(str(path)):
-            lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=trust)
+            lm = loading.skeleton(settings, trust)
             _as_saved(lm, state)
             lacking = [name for name in (f"lm.{name}" for name in loading.stored(lm)) if name not in state]
-            state |= model.untrained(made, lacking, "lm.score.weight" in state, trust)
+            untrained = model.untrained(made, lacking, "lm.score.weight" in state, trust)
+            wholes = itertools.chain(checkpoint.read(path, state), untrained.items())
+            state = state | untrained
     with loading.one_line(str(path)):
         for place in (source, kept):  # the run's own, if there, knows where training ended turns
             with contextlib.suppress(OSError):
                 lm.generation_config = GenerationConfig.from_pretrained(place)
         _give_score(lm, state, tokenizer)
-    if "adapter" not in made:
-        wholes = state.items()
     chosen = dtype or made.get("final_dtype")
     _write(lm, state, wholes, tokenizer, out, _dtype(chosen if chosen in DTYPES else None, source, trust))
 

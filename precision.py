@@ -1,4 +1,4 @@
-"""bf16 on a CPU: whether it is worth it, and fp32 products of bf16 operands, the one setting of torch that
+"""Where a run computes and in which dtype, and fp32 products of bf16 operands, the one setting of torch that
 head and attention both need.
 
 A CPU has no kernel for bf16 operands and an fp32 result. An fp32 product at precision "medium" rounds its
@@ -7,11 +7,24 @@ wrong by 1e-2 for any others, so the setting never outlives the products it is f
 """
 
 import contextlib
-from typing import Iterator
+import os
+from typing import Callable, Iterator
 
 import torch
 
 AMPERE = (8, 0)  # the first GPUs with bf16, and those that flash attention's kernels are for
+
+
+def device(choice: str, dtype: str, say: Callable[[str], None]) -> str:
+    """--device, "auto" by what is visible: "cuda" or "cpu". One rank says where "auto" is a CPU, and in which
+    dtype that computes."""
+    if choice != "auto":
+        return choice
+    if torch.cuda.is_available():
+        return "cuda"
+    if int(os.environ.get("RANK", 0)) == 0:
+        say(f"--device auto: no CUDA device is visible, so on the CPU, in {dtype}")
+    return "cpu"
 
 
 def usual(device: str) -> str:

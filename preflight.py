@@ -41,11 +41,8 @@ def begin(args: argparse.Namespace) -> None:
     rundir.check_run(args)
     with config.user_errors():
         trackers.check(args.log_to)
-        device, speaks = args.device, int(os.environ.get("RANK", 0)) == 0
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            if device == "cpu" and speaks:
-                config.tell(f"--device auto: no CUDA device is visible, so on the CPU, in {args.dtype}")
+        device = precision.device(args.device, args.dtype, config.tell)
+        speaks = int(os.environ.get("RANK", 0)) == 0
         if speaks and args.plan is None and args.dtype == "bfloat16" != precision.usual(device):
             config.warn("--dtype bfloat16: this CPU has no products of it, float32 is many times faster")
         for path in _models(args):

@@ -217,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if parts.check(args.out, settings):
             config.tell(f"{args.out} is there: nothing to do")
             return
-        rank, world_size, device = fsdp.init(args.device, args.timeout_minutes)
+        device = precision.device(args.device, args.dtype, config.tell)
+        rank, world_size, device = fsdp.init(device, args.timeout_minutes)
         tokenizer = loading.load_tokenizer(args.model, args.trust_remote_code)
         template = chat.chat_template(tokenizer, args.chat_template)
         left_out = Counter()

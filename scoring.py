@@ -45,6 +45,7 @@ import data
 import encode
 import formats
 import loading
+import precision
 import values
 from formats import Example, Fault
 
@@ -266,9 +267,7 @@ def _function(name: str) -> Scorer:
 
 
 def _classifier(args: argparse.Namespace) -> Scorer:
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = precision.device(args.device, args.dtype, config.tell)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is visible")
     tokenizer = loading.load_tokenizer(args.by, args.trust_remote_code)

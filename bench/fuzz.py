@@ -337,7 +337,7 @@ def check_record(rng: random.Random, folder: Path) -> str:
             shutil.copy(path, folder / "metrics.jsonl")
             rundir.rewind_log(folder, 1)
         else:
-            checkpoint.read_model(place / "step-1")
+            dict(checkpoint.read(place / "step-1", checkpoint.outline(place / "step-1")))
     finally:
         path.write_bytes(raw)
         record.write_bytes(told)

@@ -1,11 +1,12 @@
-"""What a GPU does with a step: tokens a second, MFU and memory of models of three sizes, in under 10 minutes.
+"""What a GPU does with a step: tokens a second, MFU and memory of models of three sizes, in about 10 minutes.
 
-    python bench/gpu.py [--models smollm2 1b 8b] [--rows dpo "dpo, cached"] [--trl 1b] [--profile 1b] [--out DIR]
+    python bench/gpu.py [--models smollm2 1b 8b] [--rows dpo "dpo, cached"] [--minutes 10] [--out DIR]
     python bench/gpu.py --device cpu --models tiny --steps 2 --warmup 1    a trial of the command itself
 
 Drives the real scripts, one process a row, on models of SHAPES with random weights, written as ordinary
-folders first and loaded from there: speed and memory do not depend on what weights say. A row that cannot fit
-is refused by align.py itself, and its line says so. Medians over --steps steps after --warmup; the run is
+folders first and loaded from there: speed and memory do not depend on what weights say. A row with a live
+reference that cannot fit is refused by align.py itself, and its line says so. After --minutes no row is begun;
+those that are left out are named. Medians over --steps steps after --warmup; the run is
 stopped when it has logged them, for its last save would take longer than all of it.
 
     MFU, 6N       6 N tokens / s / peak, N the weights without the input embedding: what papers print, whatever
@@ -14,8 +15,9 @@ stopped when it has logged them, for its last save would take longer than all of
     counted       all products that memory.flops counts (a head at trained tokens only, attention, recomputation)
 
 The peak is the data sheet's dense bf16 rate (memory.CARDS), the rate of one product of 8192^3 is measured
-beside it. With --trl, TRL's trainers on the same pairs in this interpreter, if it has trl; --profile runs one
-step of dpo under torch's profiler: where a GPU's time goes, and how much of it no kernel runs.
+beside it. TRL's trainers run on the same pairs, of the 1b (or those of --trl) in --trl-python, where that has
+trl; one step of the 1b's dpo (or those of --profile) runs under torch's profiler: where a GPU's time goes, and
+how much of it no kernel runs.
 """
 
 import argparse
@@ -54,9 +56,8 @@ SHAPES = {
     "8b": dict(zip(WIDTHS, (4096, 14336, 32, 32, 8)), head_dim=128, vocab_size=128256, tie_word_embeddings=False),
     "tiny": dict(zip(WIDTHS, (64, 128, 2, 4, 2)), head_dim=16, vocab_size=8192, tie_word_embeddings=True),
 }
-# Pairs of a step, and flags of what trains all weights: a step of the 8b takes 0.4 % more than the plan leaves
-# of this card; else the run itself chooses what fits.
-TIGHT = ["--tokens-per-microbatch", "4096", "--activation-checkpointing", "full", "--yes", "true"]
+# Pairs of a step, and flags of what trains all weights: else the run itself chooses what fits.
+TIGHT = ["--tokens-per-microbatch", "4096", "--activation-checkpointing", "full"]
 HOW = {"smollm2": (128, []), "1b": (128, []), "8b": (64, TIGHT), "tiny": (4, [])}
 ROWS = {
     "sft": ["sft.py"],
@@ -120,6 +121,16 @@ def make(name: str, path: Path, device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def prepare(name: str, folder: Path, args: argparse.Namespace) -> tuple[Place, list[int], list[int], dict[bool, float]]:
+    """A model and its pairs; the tokens of each pair in DPO and in SFT, and the shares of them that are trained."""
+    place = Place(*(folder / part for part in (name, "pairs", "run", "cache")))
+    place.pairs.mkdir()
+    make(name, place.model, args.device)
+    many = HOW[name][0] * (args.warmup + args.steps)
+    _, lengths, short = choose_pairs(str(place.model), args.data, min(many, 1800), place.pairs)
+    return place, lengths, short, shares(place.model, place.data)
+
+
 def run(command: list[str], steps: int, out: Path, wait: float = 300) -> dict:
     """The rows of a script that is stopped after so many steps, or why there are none."""
     began, rows, path = time.perf_counter(), [], out / "metrics.jsonl"
@@ -138,10 +149,16 @@ def run(command: list[str], steps: int, out: Path, wait: float = 300) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     if len(rows) < steps:
         found = [line for line in said if line.startswith("error:")] or said[-1:] or ["no word"]
-        return {"failed": found[0][:200]}
+        refused = re.match(r"error: (needs .+?) \(", found[0])
+        return {"failed": f"refused: {refused[1]}" if refused else found[0][:200]}
     rows = [json.loads(row) for row in rows[:steps]]
     start -= sum(row["step_s"] for row in rows)
     return {"rows": rows, "start_s": start, "how": flags["activation_checkpointing"]}
+
+
+def is_live(label: str) -> bool:
+    """Does a step compute the reference's values?"""
+    return "dpo" in label and "cached" not in label
 
 
 def command(label: str, place: Place, args: argparse.Namespace) -> list[str]:
@@ -151,7 +168,9 @@ def command(label: str, place: Place, args: argparse.Namespace) -> list[str]:
     made += ["--steps", str(args.warmup + args.steps + 1), "--warmup-steps", "1", "--eval-every", "0"]
     made += ["--device", args.device, "--max-length", "512", "--log-every", "1000"]
     if "cached" in label:
-        made += ["--cache-reference", str(place.cache), "--yes", "true"]
+        made += ["--cache-reference", str(place.cache)]
+    if not is_live(label):  # a step of the 8b takes 0.4 % more than the plan leaves of an H200, and runs
+        made += ["--yes", "true"]
     return made + args.flags.split()
 
 
@@ -175,7 +194,7 @@ def counted(label: str, path: Path, trained: float, checkpointing: str) -> tuple
     weights = memory.numbers(body.weights)
     if not SHAPES[path.name]["tie_word_embeddings"]:
         weights -= body.head[0] * body.head[1]
-    live, hidden = "dpo" in label and "cached" not in label, "--cache-hidden" in ROWS[label]
+    live, hidden = is_live(label), "--cache-hidden" in ROWS[label]
     reference = "live" if live else "hidden" if hidden else "cached" if "cached" in label else "none"
     how = memory.Run(1, checkpointing=checkpointing, reference=reference, drift="ra_dpo1" in label, cuda=True)
     plain = (4 if "LoRA" in label else 6) * weights
@@ -331,16 +350,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--warmup", type=int, default=3)
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command, with tiny")
     add("--data", default="examples/hh_train.jsonl")
-    add("--trl", nargs="*", choices=SHAPES, default=[], help="models that TRL trains too")
+    add("--minutes", type=float, default=10.0, help="after these no row is begun")
+    add("--trl", nargs="*", choices=SHAPES, default=None, help="models that TRL trains too; None: 1b")
     add("--trl-python", default=sys.executable, help="an interpreter that has trl")
-    add("--profile", nargs="*", choices=SHAPES, default=[], help="models whose dpo is profiled, on a GPU")
+    add("--profile", nargs="*", choices=SHAPES, default=None, help="whose dpo is profiled, on a GPU; None: 1b")
     add("--flags", default="", help="more flags of the scripts")
     add("--out", type=Path, default=None, help="a folder for table and records")
-    return made.parse_args(argv)
+    args = made.parse_args(argv)
+    usual = [model for model in ("1b",) if model in args.models]
+    args.profile = usual if args.profile is None else args.profile
+    args.trl = usual if args.trl is None else args.trl
+    args.without_trl = ""
+    if args.trl and subprocess.run([args.trl_python, "-c", "import trl"], capture_output=True).returncode:
+        args.trl, args.without_trl = [], f"{args.trl_python} has no trl, so there are no rows of it."
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    began, args = time.perf_counter(), parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: bench/gpu.py: no CUDA device here; bench/step.py measures a CPU")
     peak, about = describe(args)
@@ -354,21 +381,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         record["rows"][f"{model}, {label}"] = row
 
     profiles: list[str] = []
+    dropped: list[str] = []
     for model in args.models:
-        with tempfile.TemporaryDirectory() as name:
-            place = Place(*(Path(name) / part for part in (model, "pairs", "run", "cache")))
-            place.pairs.mkdir()
-            make(model, place.model, args.device)
-            many = HOW[model][0] * (args.warmup + args.steps)
-            _, lengths, short = choose_pairs(str(place.model), args.data, min(many, 1800), place.pairs)
-            trained = shares(place.model, place.data)
-            for label in args.rows:
-                add(model, label, measure(label, place, trained, peak, args))
-            for label in TRL if model in args.trl else ():
-                add(model, label, measure_trl(label, place, short if "SFT" in label else lengths, args))
-            if model in args.profile:
-                found = record[f"profile {model}"] = profile(place, args)
-                profiles += shown_profile(model, found)
+        profiled = ["profile"] * (model in args.profile)
+        with tempfile.TemporaryDirectory() as folder:
+            made = None
+            for label in (*args.rows, *(TRL if model in args.trl else ()), *profiled):
+                if time.perf_counter() - began >= 60 * args.minutes:
+                    dropped.append(f"{model}, {label}")
+                    continue
+                place, lengths, short, trained = made = made or prepare(model, Path(folder), args)
+                if label in TRL:
+                    add(model, label, measure_trl(label, place, short if "SFT" in label else lengths, args))
+                elif label in ROWS:
+                    add(model, label, measure(label, place, trained, peak, args))
+                else:
+                    found = record[f"profile {model}"] = profile(place, args)
+                    profiles += shown_profile(model, found)
+    lines += ["", f"Not begun within {args.minutes:g} minutes: {'; '.join(dropped)}."] * bool(dropped)
+    lines += ["", args.without_trl] * bool(args.without_trl)
     lines += [*profiles, "", "Tokens are those of the packed form (a prompt once), for TRL too. " + ANCHORS]
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

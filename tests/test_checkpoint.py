@@ -192,9 +192,11 @@ def test_the_step_of_adamw_is_made_where_its_parameter_is():
     assert {state["step"].device.type for state in optimizer.state.values()} == {"meta"}
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("moment", ["dcp.save", "os.replace"])
-def test_kill_during_a_save(moment, run, fresh, monkeypatch):
-    # red: dcp.save into target; beside not removed first; glob("*step-*") in complete().
+def test_kill_during_a_save(moment, behind, run, fresh, monkeypatch):
+    """Also in the thread of one behind the training: nothing of it comes after. red: dcp.save into target; beside not
+    removed first; glob("*step-*") in complete(); what a thread has raised lost."""
     def die(*args, checkpoint_id=None, **options):
         (run / ".tmp-step-3" / "__9_0.distcp").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -202,10 +204,12 @@ def test_kill_during_a_save(moment, run, fresh, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.dcp if moment == "dcp.save" else checkpoint.os, moment.split(".")[1], die)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save(run, 3, *fresh, ARGS, 2)
+            checkpoint.save(run, 3, *fresh, ARGS, 2, behind=behind)
+            staging.wait()
     assert names(run) == [".tmp-step-3", "step-1", "step-2"]
     assert resume(run, "auto", fresh) == 2
-    checkpoint.save(run, 3, *fresh, ARGS, 2)
+    checkpoint.save(run, 3, *fresh, ARGS, 2, behind=behind)
+    staging.wait()
     assert names(run) == ["step-2", "step-3"]
     assert names(run / "step-3") == [".metadata", "__0_0.distcp", "trainer.json"]
 

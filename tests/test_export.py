@@ -127,6 +127,27 @@ def test_the_checkpoint_exports_what_the_run_did(root, name):
     assert [name for name in names if (final / name).read_bytes() != (offline / name).read_bytes()] == []
 
 
+def test_a_checkpoint_is_exported_tensor_by_tensor(root, tmp_path, monkeypatch):
+    # red: a model of from_config for the skeleton; the state read whole, or GROUP not asked
+    read, write, held, made = checkpoint._read, export._write, [], []
+
+    def counted(path, state, **how):
+        held.append(len(state["model"]))
+        read(path, state, **how)
+
+    def seen(lm, state, *rest):
+        made.extend([*lm.parameters(), *state.values()])
+        write(lm, state, *rest)
+
+    monkeypatch.setattr(checkpoint, "GROUP", 1)
+    monkeypatch.setattr(checkpoint, "_read", counted)
+    monkeypatch.setattr(export, "_write", seen)
+    assert offline(root / "sft" / "step-1", tmp_path / "out") is None
+    assert made and all(value.is_meta for value in made)
+    assert held == [1] * len(tensors(tmp_path / "out"))
+    assert weights(tmp_path / "out") == weights(root / "sft" / "final")
+
+
 def test_a_tied_model_stays_tied(root, tmp_path):
     # red: every model untied
     model = write_model(tmp_path / "model")
@@ -257,7 +278,8 @@ def test_a_model_leaves_as_it_came(name, dtype, root, tmp_path, monkeypatch):
     assert then == now
     assert AutoTokenizer.from_pretrained(final).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
     lm = hf.AutoModelForCausalLM.from_pretrained(final)
-    trained = checkpoint.read_model(tmp_path / "run" / "step-1")
+    step = tmp_path / "run" / "step-1"
+    trained = dict(checkpoint.read(step, checkpoint.outline(step)))
     for key, parameter in lm.named_parameters():
         assert torch.equal(parameter, trained[f"lm.{key}"].to(parameter.dtype)), key
     lm.save_pretrained(tmp_path / "whole")

@@ -53,7 +53,10 @@ done
 """
 SCONTROL = """#!/bin/bash
 echo "$@" >> "$STAND_IN/scontrol"
-[ "$1" != show ] || printf '127.0.0.1\\nother\\n'
+case "$1 $2" in
+    "show hostnames") printf '127.0.0.1\\nother\\n' ;;
+    "show job") echo "   StartTime=2020-01-01T00:00:00 EndTime=$ENDS Deadline=N/A" ;;
+esac
 """
 
 
@@ -93,7 +96,7 @@ def job_environment(base, out):
     env = os.environ | {"PATH": f"{base}/bin:{os.environ['PATH']}", "PYTHON": f"{base}/bin/python"}
     env |= {"SLURM_JOB_ID": "4711", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "STAND_IN": str(base)}
     env |= {"SLURM_SUBMIT_DIR": str(ROOT), "RUNS": str(out), "TOKEN_CACHE": f"{base}/cache"}
-    return env
+    return env | {"SLURM_JOB_END_TIME": str(int(time.time()) + 14400)}
 
 
 def batch(base, out, **more):
@@ -152,6 +155,56 @@ def test_a_stage_that_ends_without_a_model_is_not_queued_again(base, tmp_path):
         assert job.wait(120) == 1
         assert "sft.py has ended without" in (base / "job.log").read_text().splitlines()[-1]
     assert "requeue" not in (base / "scontrol").read_text().split("\n")[-2] and not (tmp_path / "align").exists()
+
+
+# A clock that stands at what $STAND_IN/clock says, and seconds that are milliseconds.
+DATE = '#!/bin/bash\n[ "$1" = +%s ] && cat "$STAND_IN/clock" || exec /bin/date "$@"\n'
+TIMEOUT = '#!/bin/bash\nexec /usr/bin/timeout "$1" "$(($2 / 1000)).$(printf %03d $(($2 % 1000)))" "${@:3}"\n'
+# What the first stage does, and the seconds that are left when it begins and ends; exit code of the job, requeued?
+ENDINGS = {
+    "told before it can save": ("exit 0", 9999, 179, 0, True),
+    "told while it imports": ("kill -USR1 $$", 9999, 179, 0, True),
+    "not told": ("exec sleep 60", 400, 30, 0, True),
+    "no time for the next": ("mkdir -p $RUNS/sft/final", 9999, 179, 0, True),
+    "no time": ("exit 3", 179, 179, 0, True),
+    "no time, an old Slurm": ("exit 0", 9999, 179, 0, True),
+    "fails then": ("exit 1", 9999, 179, 1, False),
+    "leaves early": ("exit 0", 9999, 181, 1, False),
+    "killed early": ("kill -USR1 $$", 9999, 181, 138, False),
+    "no end, an old Slurm": ("exit 0", 9999, 0, 1, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_a_job_whose_time_is_up_goes_back_into_the_queue_and_not_twice_from_one_step(base, tmp_path, case):
+    # red: any part of the last condition of `train` away, or its first look at the time; no `timeout`; `requeue` without
+    # its comparison, or without what there is in it; an end that is not known taken for now
+    does, begins, ends, code, requeued = ENDINGS[case]
+    later = f'echo {10**9 - ends} > "$STAND_IN/$$" && mv "$STAND_IN/$$" "$STAND_IN/clock"'
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{later}\n{does}\n")
+    for name, text in {"date": DATE, "timeout": TIMEOUT}.items():
+        (tmp_path / name).write_text(text)
+    for name in ("python", "date", "timeout"):
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{base}/bin:{os.environ['PATH']}", "PYTHON": f"{tmp_path}/python"}
+    env |= {"STAND_IN": str(tmp_path), "SLURM_JOB_END_TIME": str(10**9), "TZ": "UTC", "ENDS": "2001-09-09T01:46:40"}
+    if "Slurm" in case:
+        env |= {"SLURM_JOB_END_TIME": "", "ENDS": "Unknown" if "no end" in case else env["ENDS"]}
+
+    def job():
+        (tmp_path / "scontrol").write_text("")
+        (tmp_path / "clock").write_text(str(10**9 - begins))
+        found = batch(base, tmp_path, SFT="", ALIGN="", **env).wait(20)
+        return found, "requeue 4711" in (tmp_path / "scontrol").read_text()
+
+    assert job() == (code, requeued), (base / "job.log").read_text()
+    if not requeued:
+        return
+    if "next" not in case:
+        (tmp_path / "sft").mkdir(exist_ok=True)
+        (tmp_path / "sft" / "status.json").write_text('{"state": "running", "step": 2}')
+        assert job() == (0, True)
+    assert job() == (1, False) and "no step further" in (base / "job.log").read_text().splitlines()[-1]
 
 
 def test_an_allocation_runs_a_script_on_every_process(base):

@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "generation": {"chat", "encode", "fsdp"},
     "sample": {"chat", "config", "data", "encode", "formats", "fsdp", "generation", "loading", "parts", "precision"}
     | {"progress"},
-    "scoring": {"chat", "config", "data", "encode", "formats", "loading", "values"},
+    "scoring": {"chat", "config", "data", "encode", "formats", "loading", "precision", "values"},
     "trackers": set(),
 }
 # Sequence: the examples of arrays.py. A class decorated with @dataclass is a record and needs no base.

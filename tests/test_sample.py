@@ -24,6 +24,8 @@ import encode
 import formats
 import fsdp
 import generation
+import judge
+import label
 import parts
 import sample
 from generation import Sampling
@@ -351,6 +353,19 @@ def test_mistakes_are_one_line(saved, tmp_path, what, capsys):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith("error: ") and what in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is the GPU")
+def test_auto_that_is_a_cpu_is_said(saved, tmp_path, capsys):
+    """By all that load a model and do not train it. red: a script without precision.device."""
+    said = "--device auto: no CUDA device is visible, so on the CPU, in float32\n"
+    with pytest.raises(SystemExit):
+        sample.main(command(saved, tmp_path / "o.jsonl", "--device", "auto", "--max-prompt-length", 2))
+    assert capsys.readouterr().out == said
+    for script, flags in (label, ["--data", HH, "--out", tmp_path / "l.jsonl"]), (judge, ["--data", HH, "--against", HH]):
+        with pytest.raises(SystemExit):
+            script.main([str(part) for part in [*flags, "--by", saved]])
+        assert capsys.readouterr().out == said
 
 
 # ---- during training

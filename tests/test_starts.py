@@ -6,6 +6,7 @@ table of bench/gpu.py, on a CPU.
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -109,7 +110,8 @@ def test_the_status_of_a_run(case, tmp_path):
 
 
 def test_the_table_of_a_gpu_is_made_on_a_cpu(base, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """red: the warm-up counted; a row that failed left out; 6 N for adapters."""
+    """red: the warm-up counted; a row that failed left out; 6 N for adapters; --yes for a live reference; the limit of
+    minutes not asked."""
     monkeypatch.setattr(sys, "executable", f"{base}/bin/python")
     argv = ["--device", "cpu", "--models", "tiny", "--rows", "dpo, cached", "dpo, LoRA", "--steps", "2"]
     argv += ["--warmup", "1", "--flags", "--dtype float32 --activation-checkpointing none"]
@@ -126,5 +128,22 @@ def test_the_table_of_a_gpu_is_made_on_a_cpu(base, tmp_path, monkeypatch, capsys
         assert with_reference == pytest.approx(plain * share)
     table = [line for line in said.splitlines() if line.startswith("| tiny")]
     assert len(table) == 2 and all(line.count("|") == 12 for line in table)
-    gpu.main([*argv[:4], "--rows", "sft", "--steps", "1", "--warmup", "0", "--flags", "--lr -1"])
+    few = [*argv[:4], "--steps", "1", "--warmup", "0"]
+    gpu.main([*few, "--rows", "sft", "--flags", "--lr -1"])
     assert "| tiny | sft | error: --lr: must be > 0" in capsys.readouterr().out
+    gpu.main([*few, "--rows", "dpo", "--flags", "--memory 0.05"])
+    refused = r"^\| tiny \| dpo \| refused: needs [\d.]+ GB a rank, there are 0.0\d+ \|"
+    assert re.search(refused, capsys.readouterr().out, re.M)
+    gpu.main([*few, "--rows", "dpo", "sft", "--minutes", "0"])
+    assert "\nNot begun within 0 minutes: tiny, dpo; tiny, sft.\n" in capsys.readouterr().out
+
+
+def test_the_plain_command_profiles_and_meets_trl_where_it_is():
+    """red: a default of []; the interpreter not asked; what is chosen replaced."""
+    both = ["--trl-python", "/bin/true"]
+    for argv, wanted in ((both, ["1b"]), ([*both, "--models", "tiny"], []), ([*both, "--trl", "8b"], ["8b"])):
+        args = gpu.parse_args(argv)
+        assert (args.trl, args.without_trl) == (wanted, "")
+        assert args.profile == (wanted if wanted != ["8b"] else ["1b"])
+    args = gpu.parse_args(["--trl-python", "/bin/false", "--profile"])
+    assert args.trl == args.profile == [] and args.without_trl.startswith("/bin/false has no trl")
