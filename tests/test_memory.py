@@ -138,6 +138,15 @@ def made(tmp_path_factory):
 def test_a_run_takes_what_it_said(kind, case, made):
     """red: moments at 4 bytes; no reference; the head's fp32 copies left out; what a tied matrix's gradients
     take; holes of the heap"""
+    within(kind, case, made)
+
+
+def test_a_run_with_cached_states_takes_what_it_said(made):
+    """red: the reference's weights counted beside its states"""
+    within("llama", "all, cached states", made)
+
+
+def within(kind, case, made):
     found = peak.run(str(made / kind), [*peak.CASES[case], "--dtype", "float32"], length=16, fill=False)
     assert found["predicted"] == pytest.approx(found["peak"], rel=0.15), found
 
@@ -207,7 +216,8 @@ def test_a_run_that_cannot_fit_is_one_line_and_leaves_nothing(tmp_path, capsys):
 
 def test_more_ranks_and_less_kept_take_less(monkeypatch):
     """red: shards of weights, moments or gradients not divided by the ranks; selective as full; a
-    copy of the weights alone for a checkpoint"""
+    copy of the weights alone for a checkpoint; the cached head of the policy's width, without its bias, or for
+    numbers too"""
     found = memory.body(CONFIGS["llama"])
     run = memory.Run(200_000, ranks=4, microbatches=2, reference="live", cuda=True)
     total = lambda **changes: sum(memory.need(found, run._replace(**changes)).values())  # noqa: E731
@@ -220,6 +230,11 @@ def test_more_ranks_and_less_kept_take_less(monkeypatch):
     on_host = run._replace(cuda=False, ranks=1)
     copied = memory.need(found, on_host._replace(staged=True))["staging"]
     assert copied == 3 * memory.need(found, on_host)["weights"] and memory.need(found, on_host)["staging"] == 0
+    cache = {kind: memory.need(found, run._replace(reference=kind))["cache"] for kind in ("live", "cached", "hidden")}
+    assert cache == {"live": 0, "cached": 0, "hidden": 2 * 600 * 64}
+    other = found._replace(head=(600, 32), root=[memory.Weight((600, 32), True), memory.Weight((600,), True)])
+    parts = memory.need(found, run._replace(reference="hidden", size=4), other)
+    assert parts["cache"] == 4 * 600 * (32 + 1)
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     how_big = importlib.import_module("how_big")
     monkeypatch.setattr(how_big, "SIZES", {"1B": how_big.SIZES["1B"]})
