@@ -342,8 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # cached values of mismatched answers are those of the data's order
             order = batch.epoch_order(len(train), None if kept else args.seed, epoch)
             if objective.mismatches:
-                partners = batch.partners(train.arrays.prompts, order)
-                others = train.mismatched(partners, args.max_length)
+                others = train.mismatched(batch.partners(train.arrays.prompts, order), args.max_length)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         delta = running_mean(running, device)  # ()
@@ -401,6 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if evaluated:
         log(judge(running_mean(running, device), lambda: leave(total)) | {"step": total})
+        fsdp.reshard(reference)
         show(total)
     if total > 0:
         if args.save_every:
