@@ -271,8 +271,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32
-        policy = model.outline(args.model, masters, *options, reward_model=objective.scores)
-        estimate.refuse(args, train.lengths, device, world_size, say, objective)
+        fits = functools.partial(estimate.refuse, args, train.lengths, device, world_size, say, objective)
+        policy = model.outline(args.model, masters, *options, reward_model=objective.scores, allowed=fits)
         same_weights = objective.has_reference and lora.equal_at_start(args)
         kept = references.find(args, objective, train, evaluated, policy, say)
         reference = None

@@ -12,7 +12,10 @@ The numbers are memory.py's.
 """
 
 import argparse
+import contextlib
+import math
 import os
+from pathlib import Path, PurePosixPath
 from typing import Any, Callable
 
 import torch
@@ -43,7 +46,8 @@ def add_flags(made: argparse.ArgumentParser) -> None:
     add("--plan", type=config.positive, nargs="?", const=0.4, default=None, metavar="RATE", help=plan)
     add("--gpus", type=config.count, default=None, help="of a plan; None: as many as ranks")
     add("--memory", type=config.positive, default=None, help="GB that a rank has; None: of this machine")
-    add("--yes", type=config.boolean, default=False, help="start what cannot fit into memory or on a disk")
+    yes = "start what cannot fit into memory or on a disk"
+    add("--yes", type=config.boolean, nargs="?", const=True, default=False, metavar="true|false", help=yes)
     # fmt: on
 
 
@@ -122,8 +126,24 @@ def limit_of(args: argparse.Namespace, cuda: bool) -> float:
     if cuda:
         free, total = torch.cuda.mem_get_info()
         return (total if args.plan is not None else free + torch.cuda.memory_reserved()) * (1 - SPARE)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that all processes here may take: those of the machine, or the least of what the control groups
+    of this process, v2 or v1, allow, as of a container or a job. `root` holds proc and sys."""
+    found, groups = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")], root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):  # no Linux
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, kind, path = line.split(":", 2)
+            if kind not in ("", "memory"):
+                continue
+            base, name = (groups / kind, "memory.limit_in_bytes") if kind else (groups, "memory.max")
+            own = PurePosixPath(path.lstrip("/"))  # a container may see it alone, as the base
+            for place in (own, *own.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max"
+                    found.append(int((base / place / name).read_text(encoding="utf-8")))
+    return min(found)
 
 
 def room(args: argparse.Namespace, device: torch.device) -> float:

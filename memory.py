@@ -348,6 +348,7 @@ def bodies(args: argparse.Namespace, objective: Any) -> tuple[Body, Body | None]
         settings = loading.settings(path, trust)
         asked = (type(settings), repr(settings.to_dict()), dtype, repr(how and flags))
         if asked not in COUNTED:
+            loading.refuse_deeper(path, settings)
             COUNTED[asked] = body(settings, dtype, how, trust)
         found.append(COUNTED[asked])
     if objective is not None and objective.advantages is not None:
