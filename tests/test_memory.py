@@ -194,6 +194,26 @@ def test_a_plan_needs_a_configuration_alone(folder, capsys):
             planned(align.main, folder, capsys, "--loss", loss)
 
 
+def test_a_plan_of_epochs_has_steps_where_it_knows_how_much_there_is(folder, capsys):
+    """red: floor for ceil; updates on a batch not counted; rows of an epoch counted again in the next; --epochs
+    in place of --steps; a reference's states in the policy's width"""
+    said = {}
+    for main in (align.main, sft.main):
+        given = ["--plan-examples", "1000", "--batch-size", "64", "--epochs", "3", "--plan", "0.4"]
+        said[main] = planned(main, folder, capsys, *given)
+        assert "FLOP; 48 steps, " in said[main] and re.search(r"at least, .* s a step, \S+ h at 40%", said[main])
+        assert "FLOP; 5 steps, " in planned(main, folder, capsys, *given, "--steps", "5")
+        assert "FLOP; its steps: with --plan-examples N\n" in planned(main, folder, capsys, *given[2:])
+    kept = ["--cache-reference", f"{folder}/kept", "--loss", "ra_dpo1", "--reference", f"{folder}/wide", "--dtype", "float32"]
+    LlamaConfig(**SMALL | {"hidden_size": 128, "vocab_size": 600}).save_pretrained(folder / "wide")
+    more = [*given, *kept]
+    assert "FLOP; 96 steps, " in planned(align.main, folder, capsys, *given, "--ppo-epochs", "2")
+    once, thrice = (planned(align.main, folder, capsys, *more, "--epochs", n) for n in "13")
+    (disk,), (again,) = (re.findall(r"disk: .*", text) for text in (once, thrice))
+    rows, states = (float(size) for size in re.findall(r"about ([\d.]+) GB", disk))
+    assert disk == again and (rows, states) == pytest.approx((1000 * 96 * 5e-9, 1000 * 48 * 516e-9), rel=0.05)
+
+
 def test_a_plan_of_a_configuration_without_end_is_one_line(tmp_path, capsys):
     """red: bodies() that builds its layers"""
     settings = {"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}
