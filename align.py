@@ -271,8 +271,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) or args.cache_reference_only else torch.float32
-        policy = model.outline(args.model, masters, *options, reward_model=objective.scores)
-        estimate.refuse(args, train.lengths, device, world_size, say, objective)
+        fits = functools.partial(estimate.refuse, args, train.lengths, device, world_size, say, objective)
+        policy = model.outline(args.model, masters, *options, reward_model=objective.scores, allowed=fits)
         same_weights = objective.has_reference and lora.equal_at_start(args)
         kept = references.find(args, objective, train, evaluated, policy, say)
         reference = None
@@ -342,8 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # cached values of mismatched answers are those of the data's order
             order = batch.epoch_order(len(train), None if kept else args.seed, epoch)
             if objective.mismatches:
-                partners = batch.partners(train.arrays.prompts, order)
-                others = train.mismatched(partners, args.max_length)
+                others = train.mismatched(batch.partners(train.arrays.prompts, order), args.max_length)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args)
         delta = running_mean(running, device)  # ()
@@ -401,6 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if evaluated:
         log(judge(running_mean(running, device), lambda: leave(total)) | {"step": total})
+        fsdp.reshard(reference)
         show(total)
     if total > 0:
         if args.save_every:

@@ -231,7 +231,7 @@ HOW_FLAGS = (
     "out", "resume", "save_every", "keep_last", "final_dtype", "log_every", "log_to", "device", "token_cache",
     "timeout_minutes", "trust_remote_code", "strict_data", "tokens_per_microbatch",
     "activation_checkpointing", "eval_data", "eval_every", "eval_examples", "sample_prompts", "check", "plan",
-    "gpus", "memory", "yes", "cache_reference_only", "micro_batch_sync",
+    "plan_examples", "gpus", "memory", "yes", "cache_reference_only", "micro_batch_sync",
     "replicate", "offload", "save_async",
 )  # fmt: skip
 # What a resumed run may change: that, and how long and how fast it goes on.

@@ -12,7 +12,10 @@ The numbers are memory.py's.
 """
 
 import argparse
+import contextlib
+import math
 import os
+from pathlib import Path, PurePosixPath
 from typing import Any, Callable
 
 import torch
@@ -41,9 +44,11 @@ def add_flags(made: argparse.ArgumentParser) -> None:
     # fmt: off
     plan = "say what a run would need, and end; the rate is that of the GPUs' peak which time is counted at"
     add("--plan", type=config.positive, nargs="?", const=0.4, default=None, metavar="RATE", help=plan)
+    add("--plan-examples", type=config.count, default=None, help="what --batch-size counts, of all the data")
     add("--gpus", type=config.count, default=None, help="of a plan; None: as many as ranks")
     add("--memory", type=config.positive, default=None, help="GB that a rank has; None: of this machine")
-    add("--yes", type=config.boolean, default=False, help="start what cannot fit into memory or on a disk")
+    yes = "start what cannot fit into memory or on a disk"
+    add("--yes", type=config.boolean, nargs="?", const=True, default=False, metavar="true|false", help=yes)
     # fmt: on
 
 
@@ -64,17 +69,19 @@ def report(
     say(f"shards: {balance(whole, run.ranks):.3f} times an equal share of the weights")
     tokens = sum(lengths)
     work = flops(whole, run, tokens, SHARE * tokens, args.max_length / 2)
-    steps = "" if args.steps is None else f"; {args.steps} steps, {args.steps * work:.3g} FLOP"
-    say(f"a step: up to {tokens} tokens in {run.microbatches} micro-batches a rank, {work:.3g} FLOP{steps}")
+    steps, groups = _extent(args)
+    more = "its steps: with --plan-examples N" if steps is None else f"{steps} steps, {steps * work:.3g} FLOP"
+    say(f"a step: up to {tokens} tokens in {run.microbatches} micro-batches a rank, {work:.3g} FLOP; {more}")
     ways = (f"{way} {_gb(_parts(whole, run._replace(checkpointing=way), other))}" for way in WAYS)
     say("by --activation-checkpointing: " + ", ".join(ways))
     say(f"with {_chosen(args)}")
     disk = f"disk: a checkpoint {12 * trained / 1e9:.3g} GB, final/ up to {4 * total / 1e9:.3g} GB"
-    if args.steps is not None:
-        disk += f", rows in --token-cache about {args.steps * tokens * ROW_BYTES / 1e9:.2g} GB"
-    if args.steps is not None and run.reference in ("cached", "hidden"):
-        each = 4 + run.size * whole.head[1] * (run.reference == "hidden")  # a trained token's
-        disk += f", --cache-reference about {args.steps * SHARE * tokens * each / 1e9:.2g} GB"
+    if groups is not None:
+        rows = groups * tokens / len(lengths)
+        disk += f", rows in --token-cache about {rows * ROW_BYTES / 1e9:.2g} GB"
+    if groups is not None and run.reference in ("cached", "hidden"):
+        each = 4 + run.size * (other or whole).head[1] * (run.reference == "hidden")  # a trained token's
+        disk += f", --cache-reference about {SHARE * rows * each / 1e9:.2g} GB"
     say(disk)
     alone = run_of(least, objective, lengths, 1, True)
     for size, (card, rate) in CARDS.items():
@@ -84,11 +91,22 @@ def report(
             continue
         least *= args.replicate
         seconds = work / (args.plan * rate * 1e12 * least)
-        time = f"{seconds:.3g} s a step" + (f", {args.steps * seconds / 3600:.3g} h" if args.steps else "")
+        time = f"{seconds:.3g} s a step" + (f", {steps * seconds / 3600:.3g} h" if steps else "")
         say(f"{card}, {size} GB: {least} at least, {time} at {args.plan:.0%} of {rate} TFLOP/s (computed)")
     limit = limit_of(args, cuda)
     if sum(parts.values()) > limit:
         say(f"does not fit into {limit / 1e9:.3g} GB: {_advice(args, objective, lengths, run, limit)}")
+
+
+def _extent(args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """(optimiser steps, groups of the data), each None where the flags do not say it. Of --steps alone: the
+    groups that so many steps see at most."""
+    updates, groups, steps = getattr(args, "ppo_epochs", 1), args.plan_examples, args.steps
+    if steps is None and groups is not None:
+        steps = args.epochs * math.ceil(groups / args.batch_size) * updates
+    if groups is None and steps is not None:
+        groups = math.ceil(steps / updates) * args.batch_size
+    return steps, groups
 
 
 def refuse(
@@ -122,8 +140,24 @@ def limit_of(args: argparse.Namespace, cuda: bool) -> float:
     if cuda:
         free, total = torch.cuda.mem_get_info()
         return (total if args.plan is not None else free + torch.cuda.memory_reserved()) * (1 - SPARE)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that all processes here may take: those of the machine, or the least of what the control groups
+    of this process, v2 or v1, allow, as of a container or a job. `root` holds proc and sys."""
+    found, groups = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")], root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):  # no Linux
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, kind, path = line.split(":", 2)
+            if kind not in ("", "memory"):
+                continue
+            base, name = (groups / kind, "memory.limit_in_bytes") if kind else (groups, "memory.max")
+            own = PurePosixPath(path.lstrip("/"))  # a container may see it alone, as the base
+            for place in (own, *own.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max"
+                    found.append(int((base / place / name).read_text(encoding="utf-8")))
+    return min(found)
 
 
 def room(args: argparse.Namespace, device: torch.device) -> float:

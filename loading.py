@@ -175,12 +175,9 @@ def size(
 ) -> int:
     """The number of a configuration's parameters. Raises ValueError for a larger model than there are weights
     for, as `check` counts them, or, of "random" ones, than fits into this machine's memory."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if quantised(config):  # packed: they are fewer than the parameters
         tensors = numbers = 0
-    most = tensors or MAX_LAYERS
-    if isinstance(layers, int) and layers > most:
-        raise ValueError(f"{path}: its configuration has {layers} layers, more than {most} tensors fill")
+    refuse_deeper(path, config, tensors or MAX_LAYERS)
     with one_line(path):
         lm = skeleton(config, trust_remote_code)
     if empty := [name for name, parameter in lm.named_parameters() if not parameter.numel()]:
@@ -191,6 +188,13 @@ def size(
     if weights == "random":
         refuse_larger(path, wanted)
     return wanted
+
+
+def refuse_deeper(path: str, config: Any, most: int = MAX_LAYERS) -> None:
+    """Raises ValueError for a configuration of more layers than so many tensors fill."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > most:
+        raise ValueError(f"{path}: its configuration has {layers} layers, more than {most} tensors fill")
 
 
 def refuse_larger(path: str, numbers: int) -> None:

@@ -5,16 +5,17 @@ said of it: estimate.py.
     need      Body, Run -> bytes of a rank by part, at the moment that takes most
     flops     of a step
 
-Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equal pieces, the last one
-padded, over the ranks of one of --replicate's groups. What is trained has fp32 masters, gradients and two
-moments; what is frozen beside adapters lies in the dtype that the body computes in. Embeddings and head stay
-gathered in that dtype, of a live reference too; of the blocks the one at work and the next, and the policy's
-last one while the head is at work. A composite model's tower is frozen, in fp32 beside what is trained, and
-its blocks, which never run, stay shards. Activations are what autograd saves of each block, recorded in one
-pass over a model whose tensors have shapes and no memory. The head's part follows vocab.py: chunks of fp32
-logits, the fp32 accumulator of its gradient, and on a CPU an fp32 copy of its weights. These moments compete:
-the head, the backward of the last block (all other activations are still there), and that of the embeddings
-(all gradients are); on a CPU the export, too. What is not counted is in the constants, here SPARE.
+Tensors are counted, by these rules. Shards are those of FSDP2: one axis in equal pieces, the last one padded,
+over the ranks of one of --replicate's groups. What is trained has fp32 masters, gradients and two moments;
+what is frozen beside adapters lies in the dtype that the body computes in. Embeddings and head stay gathered
+in that dtype, of a live reference too; of the blocks the one at work and the next, and the policy's last one
+while the head is at work; beside cached states the reference's head lies whole. A composite model's tower is
+frozen, in fp32 beside what is trained, and its blocks, which never run, stay shards. Activations are what
+autograd saves of each block, recorded in one pass over a model whose tensors have shapes and no memory. The
+head's part follows vocab.py: chunks of fp32 logits, the fp32 accumulator of its gradient, and on a CPU an
+fp32 copy of its weights. These moments compete: the head, the backward of the last block (all other
+activations are still there), and that of the embeddings (all gradients are); on a CPU the export, too. What
+is not counted is in the constants, here SPARE.
 
 Left out: the KV cache of --sample-prompts, kernels' own work space.
 """
@@ -223,7 +224,8 @@ def balance(body: Body, ranks: int) -> float:
 
 def need(body: Body, run: Run, other: Body | None = None) -> dict[str, float]:
     """Bytes of a rank by part, at the moment of a step that takes most; their sum is what a rank needs.
-    `other` is a live reference of another architecture."""
+    `other` is a live or cached reference of another architecture. "weights" are shards: the fp32 masters of
+    what is trained, and what is frozen; copies of either in --dtype, made to compute with, are "gathered"."""
     return max(_moments(body, run, other or body), key=lambda parts: sum(parts.values()))
 
 
@@ -235,17 +237,20 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     offloaded = run.offload and run.cuda  # to the host's memory
     block = max(body.blocks, key=numbers)
     root, of_block = run.size * numbers(body.root), run.size * numbers(block)
+    beside = [weight for weight in other.root if weight.shape == other.head[:1]]  # the head's bias
     given, trainable = [w for w in body.root if w.trained], [w for w in block if w.trained]
     gradients = 4.0 * numbers(trained, run.ranks)
     several, last = run.microbatches > 1, run.sync == "last"
     earlier = several * (4.0 * numbers(trained) if last else gradients)
     kept, again = _activations(body, run)
     # hidden states: the reference's of a whole step, the policy's and their gradient
-    states = run.size * body.head[1] * run.tokens * (run.microbatches * (run.reference in TWINS) + 2)
+    twins = run.microbatches * (run.reference in TWINS) * other.head[1]
+    states = run.size * run.tokens * (twins + 2 * body.head[1])
     always = {
         "weights": 4.0 * numbers(trained, run.ranks) + held * numbers(frozen, run.ranks),
         "moments": 8.0 * numbers(trained, run.ranks),
         "reference": run.size * numbers(other.weights, run.ranks) * (live and not offloaded),
+        "cache": run.size * (math.prod(other.head) + numbers(beside)) * (run.reference == "hidden"),
         "staging": 12.0 * numbers(trained, run.ranks) * (run.staged and not run.cuda),  # of a GPU on the host
     }
     roots = root + live * run.size * numbers(other.root)
@@ -343,6 +348,7 @@ def bodies(args: argparse.Namespace, objective: Any) -> tuple[Body, Body | None]
         settings = loading.settings(path, trust)
         asked = (type(settings), repr(settings.to_dict()), dtype, repr(how and flags))
         if asked not in COUNTED:
+            loading.refuse_deeper(path, settings)
             COUNTED[asked] = body(settings, dtype, how, trust)
         found.append(COUNTED[asked])
     if objective is not None and objective.advantages is not None:

@@ -108,6 +108,7 @@ def outline(
     device: torch.device | str = "cpu",
     vocabulary: int = 0,
     reward_model: bool = False,
+    allowed: Callable[[], None] = lambda: None,
 ) -> LanguageModel:
     """A LanguageModel in training mode with every dropout at 0, its pretrained weights still on disk: the
     parameters have shapes, `dtype`, and no memory until `fill`. Heads and adapters may be added, and it may
@@ -118,9 +119,10 @@ def outline(
     whatever the number of ranks. Embeddings grow to `vocabulary` rows where they have fewer and are never
     shrunk; a new row is the mean of the old ones plus noise that its index alone decides, so that equal
     models stay equal and no two new tokens start as one vector. With `reward_model` a sequence classifier is
-    taken too, as the language model whose head it has lost. Raises ValueError: no such model, pickle weights,
-    quantised ones, positions shorter than `max_length`, or an architecture for which packed attention is not
-    exact, which packing.py asks in fp32 and in `compute` on `device`, those of the training.
+    taken too, as the language model whose head it has lost. `allowed` is called once the directory is known
+    to be a model, before any memory is taken. Raises ValueError: no such model, pickle weights, quantised
+    ones, positions shorter than `max_length`, or an architecture for which packed attention is not exact,
+    which packing.py asks in fp32 and in `compute` on `device`, those of the training.
     """
     with loading.one_line(path):
         found = loading.check(path, weights)
@@ -128,6 +130,8 @@ def outline(
         numbers = loading.size(path, config, *found, trust_remote_code, weights)
         packing.check(path, config, max_length, in_training, trust_remote_code, compute, device)
         loading.refuse_quantised(path, config)
+    allowed()
+    with loading.one_line(path):
         source = None
         if weights == "random":
             torch.manual_seed(seed)

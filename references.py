@@ -170,7 +170,9 @@ def ready(
         fsdp.reshard(getattr(live, "policy", live))
     if found.lock is not None:
         found.lock.close()
-    return _cached(found, "train", device), _cached(found, "eval", device)
+    wide = any(cache.width for cache in found.caches.values())
+    head = _read_head(found.head, device) if wide else None  # one, whatever it is read for
+    return _cached(found, "train", head), _cached(found, "eval", head)
 
 
 def strangers(store: Store, max_length: int) -> Store:
@@ -353,15 +355,16 @@ def _save_head(head: vocab.Head, path: Path) -> None:
     os.replace(beside, path)
 
 
-def _cached(found: Found, split: str, device: torch.device) -> Cached | None:
+def _read_head(path: Path, device: torch.device) -> vocab.Head:
+    with safe_open(path, "pt", str(device)) as file:
+        parts = {name: file.get_tensor(name) for name in file.keys()}
+        said = {name: json.loads(word) for name, word in file.metadata().items()}
+    return vocab.Head(parts["weight"], parts.get("bias"), **said)
+
+
+def _cached(found: Found, split: str, head: vocab.Head | None) -> Cached | None:
     if (split, False) not in found.caches:
         return None
     logps, states = _open(found.caches[split, False])
     other = found.caches.get((split, True))
-    head = None
-    if states is not None:
-        with safe_open(found.head, "pt", str(device)) as file:
-            parts = {name: file.get_tensor(name) for name in file.keys()}
-            said = {name: json.loads(word) for name, word in file.metadata().items()}
-        head = vocab.Head(parts["weight"], parts.get("bias"), **said)
     return Cached(logps, states, head, _open(other)[0] if other else None)

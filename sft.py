@@ -182,10 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype = getattr(torch, args.dtype)
         options = (args.max_length, args.weights, args.seed, args.trust_remote_code, dtype, device)
         masters = dtype if lora.wanted(args) else torch.float32
-        policy = model.outline(
-            args.model, masters, *options, vocabulary=len(tokenizer) * (args.method == "csft")
-        )
-        estimate.refuse(args, train.lengths, device, world_size, say, None)
+        fits = functools.partial(estimate.refuse, args, train.lengths, device, world_size, say, None)
+        grown = len(tokenizer) * (args.method == "csft")
+        policy = model.outline(args.model, masters, *options, vocabulary=grown, allowed=fits)
         model.check_vocabulary(tokenizer, policy)
         if lora.wanted(args):
             lora.add(policy, args, say, tokens=range(before, len(tokenizer)))

@@ -4,10 +4,10 @@
 
 Drives the real align.py, a process a run, on pairs of the same length: a model directory, and a GPT-2, a
 GPT-NeoX and a Qwen2 of 50 to 200 million random parameters, each with all weights trained and with adapters,
-against a live reference (the base with the adapters off), a cached one, and with a loss that has none. Measured is the peak
-resident set less what was resident once align.py was imported; predicted is the line that the run begins
-with. GLIBC_TUNABLES is what run.sh sets it to, or what it is. Prints a Markdown table. Other processes do not
-disturb it.
+against a live reference (the base with the adapters off), a cached one, of numbers and once of states, and
+with a loss that has none. Measured is the peak resident set less what was resident once align.py was
+imported; predicted is the line that the run begins with. GLIBC_TUNABLES is what run.sh sets it to, or what it
+is. Prints a Markdown table. Other processes do not disturb it.
 """
 
 import argparse
@@ -29,6 +29,7 @@ PAIRS = 8  # of a step: two micro-batches of four
 CASES = {
     "all, live": ["--loss", "dpo"],
     "all, cached": ["--loss", "dpo", "--cache-reference", "CACHE"],
+    "all, cached states": ["--loss", "ra_dpo1", "--cache-reference", "CACHE"],
     "all, none": ["--loss", "simpo"],
     "LoRA, adapters off": ["--loss", "dpo", "--lora-rank", "16"],
     "LoRA, cached": ["--loss", "dpo", "--lora-rank", "16", "--cache-reference", "CACHE"],

@@ -484,6 +484,17 @@ def test_args_json_reproduces_the_run(finished, root, tmp_path):
     assert sft.parse_args([str(tmp_path / "run" / "args.json")]) == sft.parse_args([*argv, *CHOSEN])
 
 
+def test_yes_needs_no_value(tmp_path):
+    # red: --yes without nargs; a bare one that is False.
+    (tmp_path / "a.toml").write_text("yes = true")
+    (tmp_path / "b.toml").write_text("yes = false")
+    given = [["--yes"], ["--yes", "true"], ["--yes", "false"], ["--yes", "--lr", "1e-3"], []]
+    said = [align.parse_args([*REQUIRED, *more]).yes for more in given]
+    said += [sft.parse_args([str(tmp_path / name), *REQUIRED, *more]).yes
+             for name, more in (("a.toml", []), ("b.toml", []), ("b.toml", ["--yes"]))]  # fmt: skip
+    assert said == [True, True, False, True, False, True, False, True]
+
+
 def test_free_flags_are_flags():
     # red: a misspelled entry of FREE_FLAGS, which would make that flag binding.
     known = {**vars(align.parse_args(REQUIRED)), **vars(sft.parse_args(REQUIRED))}

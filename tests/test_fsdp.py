@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_memory import CONFIGS
 from test_train import arguments, base, launch, rows  # noqa: F401
 from torch.distributed.checkpoint import default_planner
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
@@ -127,6 +128,24 @@ def test_blocks_are_gathered_once_a_pass_and_the_last_once_a_micro_batch(runs):
     reference = MICROBATCHES * 2 + 1
     for name in ("every", "last", "offloaded"):
         assert calls(runs, name, "all_gather_single") == [policy + reference] * 2, name
+
+
+def test_nothing_is_gathered_while_the_model_is_written(base, tmp_path, monkeypatch):  # noqa: F811
+    # red: the last evaluation's reference, or policy, not resharded
+    made, found = [], []
+    outline_reference = align.outline_reference
+
+    def outline(args, policy, *more):
+        made.extend((policy, outline_reference(args, policy, *more)))
+        return made[1]
+
+    def export(*inputs):
+        found.extend(isinstance(parameter, DTensor) for lm in made for parameter in lm.parameters())
+
+    monkeypatch.setattr(align, "outline_reference", outline)
+    monkeypatch.setattr(align.export, "export", export)
+    align.main(arguments("dpo", base, tmp_path / "run", "--steps", "1", "--eval-data", str(base / "test.jsonl")))
+    assert len(made) == 2 and found and all(found)
 
 
 def test_a_reference_on_the_cpu_is_the_same_reference(runs):

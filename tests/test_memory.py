@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -9,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_config import exit_code
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
 import align
 import attention
+import estimate
 import lora
 import memory
 import model
@@ -138,6 +142,15 @@ def made(tmp_path_factory):
 def test_a_run_takes_what_it_said(kind, case, made):
     """red: moments at 4 bytes; no reference; the head's fp32 copies left out; what a tied matrix's gradients
     take; holes of the heap"""
+    within(kind, case, made)
+
+
+def test_a_run_with_cached_states_takes_what_it_said(made):
+    """red: the reference's weights counted beside its states"""
+    within("llama", "all, cached states", made)
+
+
+def within(kind, case, made):
     found = peak.run(str(made / kind), [*peak.CASES[case], "--dtype", "float32"], length=16, fill=False)
     assert found["predicted"] == pytest.approx(found["peak"], rel=0.15), found
 
@@ -181,6 +194,35 @@ def test_a_plan_needs_a_configuration_alone(folder, capsys):
             planned(align.main, folder, capsys, "--loss", loss)
 
 
+def test_a_plan_of_epochs_has_steps_where_it_knows_how_much_there_is(folder, capsys):
+    """red: floor for ceil; updates on a batch not counted; rows of an epoch counted again in the next; --epochs
+    in place of --steps; a reference's states in the policy's width"""
+    said = {}
+    for main in (align.main, sft.main):
+        given = ["--plan-examples", "1000", "--batch-size", "64", "--epochs", "3", "--plan", "0.4"]
+        said[main] = planned(main, folder, capsys, *given)
+        assert "FLOP; 48 steps, " in said[main] and re.search(r"at least, .* s a step, \S+ h at 40%", said[main])
+        assert "FLOP; 5 steps, " in planned(main, folder, capsys, *given, "--steps", "5")
+        assert "FLOP; its steps: with --plan-examples N\n" in planned(main, folder, capsys, *given[2:])
+    kept = ["--cache-reference", f"{folder}/kept", "--loss", "ra_dpo1", "--reference", f"{folder}/wide", "--dtype", "float32"]
+    LlamaConfig(**SMALL | {"hidden_size": 128, "vocab_size": 600}).save_pretrained(folder / "wide")
+    more = [*given, *kept]
+    assert "FLOP; 96 steps, " in planned(align.main, folder, capsys, *given, "--ppo-epochs", "2")
+    once, thrice = (planned(align.main, folder, capsys, *more, "--epochs", n) for n in "13")
+    (disk,), (again,) = (re.findall(r"disk: .*", text) for text in (once, thrice))
+    rows, states = (float(size) for size in re.findall(r"about ([\d.]+) GB", disk))
+    assert disk == again and (rows, states) == pytest.approx((1000 * 96 * 5e-9, 1000 * 48 * 516e-9), rel=0.05)
+
+
+def test_a_plan_of_a_configuration_without_end_is_one_line(tmp_path, capsys):
+    """red: bodies() that builds its layers"""
+    settings = {"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    given = ["--model", str(tmp_path), "--data", "none", "--out", f"{tmp_path}/run", "--plan"]
+    assert exit_code(sft.main, given) == 2
+    assert "has 1000000000 layers" in capsys.readouterr().err
+
+
 def test_a_plan_says_what_to_change(folder, capsys):
     """red: limit never compared; the order of the changes"""
     few = ["--memory", "0.06", "--batch-size", "256", "--tokens-per-microbatch", "8192"]
@@ -191,7 +233,7 @@ def test_a_plan_says_what_to_change(folder, capsys):
 
 
 def test_a_run_that_cannot_fit_is_one_line_and_leaves_nothing(tmp_path, capsys):
-    """red: refuse() without the raise, or after the run directory is made; --yes ignored"""
+    """red: refuse() without the raise, or after the run directory is made; --yes ignored, or not taken bare"""
     peak.make_model("llama", SMALL, tmp_path / "model")
     peak.write_pairs(tmp_path / "pairs.jsonl", 8, 16)
     given = ["--model", f"{tmp_path}/model", "--data", f"{tmp_path}/pairs.jsonl", "--out", f"{tmp_path}/run"]
@@ -201,13 +243,52 @@ def test_a_run_that_cannot_fit_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert re.fullmatch(r"error: needs [\d.]+ GB a rank, there are 0.0092 \(.*; or --yes true\)\n", done.stderr)
     assert "needs about" in done.stdout
-    done = subprocess.run([*command, "--yes", "true"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--yes"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "run" / "status.json").exists(), done.stderr
+
+
+@pytest.mark.parametrize("main", [align.main, sft.main])
+def test_what_cannot_fit_is_not_made(main, tmp_path, monkeypatch, capsys):
+    """red: outline that calls `allowed` once random weights are there; refused as a fault of the directory"""
+    peak.make_model("llama", SMALL, tmp_path / "model")
+    peak.write_pairs(tmp_path / "pairs.jsonl", 8, 16)
+    monkeypatch.setattr(model.shards, "refuse_not_finite", None)  # what is asked of random weights first
+    given = ["--model", f"{tmp_path}/model", "--data", f"{tmp_path}/pairs.jsonl", "--out", f"{tmp_path}/run"]
+    given += ["--weights", "random", "--device", "cpu", "--token-cache", f"{tmp_path}/cache", "--memory", "0.01"]
+    assert exit_code(main, given) == 2
+    assert capsys.readouterr().err.startswith("error: needs")
+
+
+def test_memory_is_what_the_control_groups_leave(tmp_path, monkeypatch):
+    """red: the group itself alone, or the topmost alone; "max" read as a number; v1's file not looked for;
+    its no limit, 2**63 less a page, taken; not shared out among local ranks"""
+    whole = estimate.host_memory(tmp_path)  # neither proc nor sys
+    assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def allowed(own, limits):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        given = {"proc/self/cgroup": own} | {f"sys/fs/cgroup/{key}": of for key, of in limits.items()}
+        for name, text in given.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(f"{text}\n")
+        return estimate.host_memory(root)
+
+    limits = {"memory.max": "7000", "job/memory.max": "5000", "job/step/memory.max": "max"}
+    assert allowed("0::/job/step", limits) == 5000
+    assert allowed("0::/job/step", limits | {"job/step/memory.max": "3000"}) == 3000
+    assert allowed("0::/", limits) == 7000 and allowed("0::/other", {"memory.max": "max"}) == whole
+    old = "9:name=systemd:/\n4:memory:/docker/1\n2:cpu:/"
+    assert allowed(old, {"memory/memory.limit_in_bytes": "6000"}) == 6000
+    assert allowed(old, {"memory/docker/1/memory.limit_in_bytes": str(2**63 - 4096)}) == whole
+    monkeypatch.setattr(estimate, "host_memory", lambda: 6000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert estimate.limit_of(argparse.Namespace(memory=None), False) == 3000
 
 
 def test_more_ranks_and_less_kept_take_less(monkeypatch):
     """red: shards of weights, moments or gradients not divided by the ranks; selective as full; a
-    copy of the weights alone for a checkpoint"""
+    copy of the weights alone for a checkpoint; the cached head of the policy's width, without its bias, or for
+    numbers too"""
     found = memory.body(CONFIGS["llama"])
     run = memory.Run(200_000, ranks=4, microbatches=2, reference="live", cuda=True)
     total = lambda **changes: sum(memory.need(found, run._replace(**changes)).values())  # noqa: E731
@@ -220,6 +301,11 @@ def test_more_ranks_and_less_kept_take_less(monkeypatch):
     on_host = run._replace(cuda=False, ranks=1)
     copied = memory.need(found, on_host._replace(staged=True))["staging"]
     assert copied == 3 * memory.need(found, on_host)["weights"] and memory.need(found, on_host)["staging"] == 0
+    cache = {kind: memory.need(found, run._replace(reference=kind))["cache"] for kind in ("live", "cached", "hidden")}
+    assert cache == {"live": 0, "cached": 0, "hidden": 2 * 600 * 64}
+    other = found._replace(head=(600, 32), root=[memory.Weight((600, 32), True), memory.Weight((600,), True)])
+    parts = memory.need(found, run._replace(reference="hidden", size=4), other)
+    assert parts["cache"] == 4 * 600 * (32 + 1)
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     how_big = importlib.import_module("how_big")
     monkeypatch.setattr(how_big, "SIZES", {"1B": how_big.SIZES["1B"]})

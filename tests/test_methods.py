@@ -168,12 +168,11 @@ SYNC = "(step + 1) % args.sync_reference_every"
 COPY, STEP = "fsdp.copy_parameters(policy, reference)", "optimizer.step()\n"
 COPY_STEP = f"{COPY}  # the policy before this update, not the one after it\n        {STEP}"
 STEP_COPY = f"{STEP}            {COPY}\n"
-NOT_CUT = "train.mismatched(partners, 9999)"
 MUTATIONS = {
     "the KL estimate of a micro-batch": ("kto", 1, 1, ESTIMATE, LOCAL),
     "the KL estimate of a rank": ("kto", 2, 1, OVER_RANKS, THIS_RANK),
     "the KL estimate of the own answers": ("kto", 1, 1, "batch.packs(others, works,", "batch.packs(train, works,"),
-    "strangers that are not cut": ("kto", 1, 1, "train.mismatched(partners, args.max_length)", NOT_CUT),
+    "strangers that are not cut": ("kto", 1, 1, "order), args.max_length)", "order), 9999)"),
     "strangers in the order of the file": ("kto", 1, 1, "prompts, order)", "prompts, range(len(train)))"),
     "no maximum over tokens": ("kto_token_max", 1, 1, "kl_token_max=peaks", "kl_token_max=0 * peaks"),
     "the mean advantage of a micro-batch": ("ppo", 1, 8, MEAN, OWN_MEAN),

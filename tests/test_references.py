@@ -151,7 +151,7 @@ def test_a_model_that_is_cached_is_never_loaded(root, runs, tmp_path, monkeypatc
 
 
 def test_a_killed_fill_goes_on(root, tmp_path, monkeypatch, capsys):
-    # red: _missing of the first token alone; a fill that begins anew; NaN read as a value
+    # red: _missing of the first token alone; a fill that begins anew; NaN read as a value; a head for each split
     argv = flags(root, tmp_path / "run", "--cache-reference", tmp_path / "kept", "--loss", "tdpo1", steps=1)
     argv += ["--cache-reference-only", "true"]
     assert exit_code(align.main, argv) is None
@@ -163,9 +163,12 @@ def test_a_killed_fill_goes_on(root, tmp_path, monkeypatch, capsys):
     logps.write_bytes(holes.tobytes())
     rows = []
     monkeypatch.setattr(references, "_write", lambda cache, waiting, write=references._write: rows.extend(waiting) or write(cache, waiting))
+    given, ready = [], references.ready
+    monkeypatch.setattr(references, "ready", lambda *inputs: given.extend(ready(*inputs)) or given)
     capsys.readouterr()
     assert exit_code(align.main, argv) is None
     assert "8 of 10 examples cached" in capsys.readouterr().out
+    assert given[0].head is given[1].head is not None
     assert logps.read_bytes() == whole and (folder / "states").read_bytes() == states
     assert 0 < sum(len(places) for places, _, _ in rows) < len(holes) / 2
 
