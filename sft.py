@@ -256,8 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ((out.losses @ pack.weights[pack.response]) * (world_size / units)).backward()
             tallies.append(tally(out, pack))
 
-        row = fsdp.mean_over_ranks(tallies)
-        row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
+        # first: a GPU has done its work when the signals are asked for
+        norms = fsdp.clip_gradients({"grad_norm": (policy.lm, args.max_grad_norm)})
+        row = fsdp.mean_over_ranks(tallies) | norms
         if rundir.skips(args, step, row, optimizer, works, tallies, train):
             continue
         optimizer.step()
