@@ -270,7 +270,7 @@ class Objective(NamedTuple):
 
     def number(self, found: Store, counts: np.ndarray, chosen: Sequence[int]) -> int:
         """How many losses some examples of a store have, whose `counts` (n,) are known."""
-        return found.trained_tokens(chosen) if self.unit == "tokens" else int(counts[chosen].sum())
+        return int((found.trained_tokens if self.unit == "tokens" else counts)[chosen].sum())
 
     def weights(self, pack: batch.Pack) -> Tensor:
         """Of each unit in the sum."""

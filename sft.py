@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         works = shares[rank]
         counted = [group for share in shares for work in share if work.counted for group in work.groups]
         packs = batch.packs(train, works, "best-worst", device)
-        units = train.trained_tokens(counted)
+        units = int(train.trained_tokens[counted].sum())
         tallies = []
         for pack in packs:
             policy.set_requires_gradient_sync(args.micro_batch_sync == "every" or pack is packs[-1])
