@@ -219,7 +219,7 @@ def evaluate(
     fsdp.reshard(policy)
     number = int(objective.counts(examples).sum())
     numbers = {objective.batch_unit: number} | {f"pairs/{name}": subsets[name] for name in subsets}
-    return {"split": "eval", **numbers, **means(tallies), **logged}
+    return {"split": "eval", **numbers, **means(tallies, logged)}
 
 
 def running_mean(running: Tensor, device: torch.device) -> Tensor:
@@ -379,10 +379,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if update == args.ppo_epochs - 1:
             fsdp.reshard(reference)  # its head is not read again before its next forward
 
-        row = means(tallies) | logged
-        row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
-        if policy.value_head is not None:
-            row["value_grad_norm"] = fsdp.clip_gradients(policy.value_head, args.max_value_grad_norm)
+        limits = {"grad_norm": (policy.lm, args.max_grad_norm)}
+        limits["value_grad_norm"] = (policy.value_head, args.max_value_grad_norm)
+        norms = fsdp.clip_gradients(limits)  # first: a GPU has done its work when the signals are asked for
+        row = means(tallies, logged) | norms
         if rundir.skips(args, step, row, optimizer, works, tallies, train):
             continue
         if args.sync_reference_every and (step + 1) % args.sync_reference_every == 0:

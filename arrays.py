@@ -7,6 +7,7 @@ An example is a run of pieces, its prompt and then its completions; a piece is a
 examples or completions moves pieces, never tokens.
 """
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Callable, NamedTuple, Sequence
@@ -27,6 +28,7 @@ class Arrays(NamedTuple):
     scores: np.ndarray  # (m,) of completions; 0 for a prompt
     labels: np.ndarray  # (m,) is the completion desirable; False for a prompt
     places: np.ndarray  # (m,) how many trained tokens stand before each piece, of all that were written
+    learned: np.ndarray  # (m,) trained tokens of each piece
     first: np.ndarray  # (n + 1,) index into m of each example's prompt, and m
     weights: np.ndarray  # (n,)
     margins: np.ndarray  # (n,)
@@ -48,9 +50,9 @@ class Rows(NamedTuple):
     margins: np.ndarray  # (G,)
 
 
-PIECES = ("starts", "sizes", "scores", "labels", "places")
+PIECES = ("starts", "sizes", "scores", "labels", "places", "learned")
 EXAMPLES = ("weights", "margins", "prompts", "subsets")
-TYPES = Arrays("<i4", "?", "<i8", "<i4", "<f8", "?", "<i8", "<i8", "<f8", "<f8", "<i8", "S32")
+TYPES = Arrays("<i4", "?", "<i8", "<i4", "<f8", "?", "<i8", "<i4", "<i8", "<f8", "<f8", "<i8", "S32")
 
 
 class Store(Sequence):
@@ -92,11 +94,10 @@ class Store(Sequence):
         named = [getattr(found, name)[pieces] for name in ("sizes", "scores", "labels", "places")]
         return Rows(*texts, counts, *named, found.weights[chosen], found.margins[chosen])
 
-    def trained_tokens(self, chosen: Sequence[int]) -> int:
-        """Of some examples, by index."""
-        first = self.arrays.first
-        pieces = [piece for index in chosen for piece in range(first[index] + 1, first[index + 1])]
-        return sum(map(np.count_nonzero, self._texts("trained", np.array(pieces))))
+    @functools.cached_property
+    def trained_tokens(self) -> np.ndarray:
+        """Of each example, and no mask is read: (n,)."""
+        return np.add.reduceat(self.arrays.learned, self.arrays.first[:-1], dtype=np.int64)
 
     def _texts(self, name: str, pieces: np.ndarray) -> list[np.ndarray]:
         """The tokens' array of this name, cut into pieces."""
@@ -236,7 +237,8 @@ class Store(Sequence):
 
     def mismatched(self, partners: np.ndarray, max_length: int) -> "Store":
         """Every prompt with completions of its partner's (n,), as many as its own, in turn, cut on the right
-        to max_length; scores and labels stay. Their places are counted in all tokens of completions."""
+        to max_length; scores and labels stay. Their places and what is learned are counted in all tokens of
+        completions."""
         found = self.arrays
         pieces = self.completions  # (c,)
         owners = np.repeat(np.arange(len(self)), self.sizes)  # (c,)
@@ -248,7 +250,7 @@ class Store(Sequence):
         sizes[pieces] = np.minimum(found.sizes[borrowed], max_length - found.sizes[found.first[owners]])
         counts = np.zeros(len(sizes), np.int64)
         counts[pieces] = sizes[pieces]
-        moved = found._replace(starts=starts, sizes=sizes, places=counts.cumsum() - counts)
+        moved = found._replace(starts=starts, sizes=sizes, places=counts.cumsum() - counts, learned=counts)
         return Store(moved, f"{self.digest} mismatched", self.source)
 
 

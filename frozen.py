@@ -71,8 +71,9 @@ def freeze(
     packs: list[batch.Pack],
     strangers: list[batch.Pack],
     delta: Tensor,
-) -> tuple[list[Frozen], dict[str, float]]:
-    """Phase A but for the reference's states: what is fixed for each micro-batch, and what of it is logged.
+) -> tuple[list[Frozen], dict[str, Tensor]]:
+    """Phase A but for the reference's states: what is fixed for each micro-batch, and (sum, count) of all
+    ranks of what of it is logged. Nothing is read: the host need not wait.
 
     `strangers` are the packs' prompts with other prompts' answers, for the KL estimate. One all_reduce of
     fixed size makes the estimate, and the mean and variance that whiten the advantages, those of all ranks.
@@ -102,16 +103,17 @@ def freeze(
                 sums[name] = batch.summed(series, pack)
                 sums[f"{name}_squared"] = batch.summed(series.double().square(), pack)
         tallies.append(sums)
-    found = fsdp.mean_over_ranks(tallies)
+    found = fsdp.sums_over_ranks(tallies)  # (2,) each
+    mean = {name: total / count for name, (total, count) in found.items()}  # () each
     logged = {}
     if objective.mismatches:
         logged["kl_estimate"] = found["kl_estimate"]
-        estimate = torch.full_like(delta, found["kl_estimate"])  # written there, not copied
+        estimate = mean["kl_estimate"].to(delta.dtype)  # ()
         founds = [f._replace(kl_estimate=estimate) for f in founds]
     if objective.advantages is not None:
-        spread = {n: found[f"{n}_squared"] - found[n] ** 2 for n in ("advantages", "returns", "errors")}
-        scale = (max(0.0, spread["advantages"]) + 1e-8) ** -0.5
-        founds = [f._replace(advantages=(f.advantages - found["advantages"]) * scale) for f in founds]
-        if spread["returns"] > 1e-12:  # else there is nothing to explain
-            logged["explained_variance"] = 1 - spread["errors"] / spread["returns"]
+        spread = {n: mean[f"{n}_squared"] - mean[n] ** 2 for n in ("advantages", "returns", "errors")}
+        scale = (spread["advantages"].clamp(min=0.0) + 1e-8) ** -0.5  # ()
+        founds = [f._replace(advantages=(f.advantages - mean["advantages"]) * scale) for f in founds]
+        there = spread["returns"] > 1e-12  # () else there is nothing to explain
+        logged["explained_variance"] = torch.stack([1 - spread["errors"] / spread["returns"], there.double()])
     return founds, logged

@@ -45,7 +45,10 @@ NO_THREAD_CACHE = "glibc.malloc.tcache_count=0"
 HEALTH: dict[str, Any] = {
     "calls": 0, "heard": {}, "pause": 1.0, "store": None, "still": None, "report": lambda reason: None,
     "timeout": None,
+    "word": lambda: 0,  # a whole number below WORDS that this rank tells the others, and the largest of all
+    "agreed": None,  # that `mean_over_ranks` has brought along
 }  # fmt: skip
+WORDS = 32  # more than Linux has signals that are no real-time ones
 OVER = threading.Event()  # the thread shall end
 
 
@@ -252,13 +255,35 @@ def split_axis(shape: Sequence[int], world_size: int) -> int:
     return min((axis for axis, size in enumerate(shape) if not (axis and size % world_size)), key=excess)
 
 
-def mean_over_ranks(tallies: list[dict[str, Tensor]]) -> dict[str, float]:
-    """(sum, count) of each name in each micro-batch of this rank -> means over all micro-batches of all
-    ranks, by one all_reduce of fixed size; a name that was never counted is left out. Every rank has at least
-    one micro-batch and the same names in the same order."""
+def sums_over_ranks(tallies: list[dict[str, Tensor]], told: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    """(sum, count) of each name in each micro-batch of this rank -> (2,) of all micro-batches of all ranks,
+    left on the device, by one all_reduce of fixed size; and of what is `told` beside, (k, 2), under whole
+    numbers. Every rank has at least one micro-batch and the same names in the same order."""
     sums = torch.stack([torch.stack(list(sums.values())) for sums in tallies]).sum(0)  # (metrics, 2)
+    sums = torch.cat([sums, *told])  # (metrics + k, 2)
     dist.all_reduce(sums)
-    return {name: total / count for name, (total, count) in zip(tallies[0], sums.tolist()) if count}
+    return dict(zip([*tallies[0], *range(len(sums))], sums))
+
+
+def mean_over_ranks(
+    tallies: list[dict[str, Tensor]], known: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Means of `sums_over_ranks`, and of (sum, count) that are `known` of all ranks, in one read; a name that
+    was never counted is left out. The ranks' words go along: `agreed`."""
+    HEALTH["calls"] += 1  # once a step or more: who is behind shows when a collective fails
+    told = next(iter(tallies[0].values())).new_zeros(WORDS, 2)
+    told[HEALTH["word"]()].fill_(1)
+    sums = sums_over_ranks(tallies, [told]) | (known or {})
+    found = dict(zip(sums, torch.stack(list(sums.values())).tolist()))
+    HEALTH["agreed"] = max(word for word in range(WORDS) if found.pop(word)[0])
+    return {name: total / count for name, (total, count) in found.items() if count}
+
+
+def agreed(device: torch.device) -> int:
+    """The largest of all ranks' words: as it was at the last `mean_over_ranks`, or now if it has been asked
+    for since, or there is one rank."""
+    found, HEALTH["agreed"] = HEALTH["agreed"], None
+    return largest(HEALTH["word"](), device) if found is None or ranks()[1] == 1 else found
 
 
 @torch.no_grad()
@@ -271,25 +296,31 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
         parameter.to_local().copy_(given[name].to_local())
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients so that their global 2-norm is at most max_norm; returns the norm before. Shards
-    are those of a group; other groups have the same ones.
+def clip_gradients(limits: Mapping[str, tuple[nn.Module | None, float]]) -> dict[str, float]:
+    """Scale the gradients of each module so that their global 2-norm is at most its limit; returns the norms
+    before, by name, in one read. Shards are those of a group; other groups have the same ones.
 
     Norms of rows first: torch's own norm of a tensor of 28 million fp32 numbers is wrong by 0.16 % on a CPU,
     and by another amount for another number of ranks.
     """
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    rows = [
-        torch.linalg.vector_norm(grad, dim=-1) for grad in local
-    ]  # each the tensor's shape less the last axis
-    squares = torch.stack([torch.linalg.vector_norm(norms).double() for norms in rows]).square().sum()
-    sharded = isinstance(grads[0], DTensor)
-    dist.all_reduce(squares, group=grads[0].device_mesh.get_group(-1) if sharded else None)
-    norm = squares.sqrt().item()
-    if norm > max_norm:
-        torch._foreach_mul_(local, max_norm / norm)
-    return norm
+    local, squares, group = {}, [], None
+    for name, (module, _) in limits.items():
+        if module is None:
+            continue
+        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        if isinstance(grads[0], DTensor):
+            group = grads[0].device_mesh.get_group(-1)
+        local[name] = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        rows = [torch.linalg.vector_norm(grad, dim=-1) for grad in local[name]]  # each the shape less an axis
+        norms = torch.stack([torch.linalg.vector_norm(row).double() for row in rows])  # (parameters,)
+        squares.append(norms.square().sum())
+    together = torch.stack(squares)  # (modules,)
+    dist.all_reduce(together, group=group)
+    found = dict(zip(local, together.sqrt().tolist()))
+    for name, norm in found.items():
+        if norm > limits[name][1]:
+            torch._foreach_mul_(local[name], limits[name][1] / norm)
+    return found
 
 
 def from_rank_zero(value: int, device: torch.device) -> int:
@@ -301,7 +332,7 @@ def from_rank_zero(value: int, device: torch.device) -> int:
 
 def largest(value: int, device: torch.device) -> int:
     """The largest of all ranks' whole numbers, on every rank."""
-    HEALTH["calls"] += 1  # once a step: who is behind shows when a collective fails
+    HEALTH["calls"] += 1
     if ranks()[1] == 1:
         return value
     found = torch.full((), value, device=device)  # written there, not copied

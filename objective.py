@@ -270,7 +270,7 @@ class Objective(NamedTuple):
 
     def number(self, found: Store, counts: np.ndarray, chosen: Sequence[int]) -> int:
         """How many losses some examples of a store have, whose `counts` (n,) are known."""
-        return found.trained_tokens(chosen) if self.unit == "tokens" else int(counts[chosen].sum())
+        return int((found.trained_tokens if self.unit == "tokens" else counts)[chosen].sum())
 
     def weights(self, pack: batch.Pack) -> Tensor:
         """Of each unit in the sum."""
@@ -400,9 +400,10 @@ def check_start(stats: dict[str, Tensor | None], tolerance: float = 0.0) -> None
         raise RuntimeError(f"policy and reference have the same weights but differ by {worst:.1e} at step 0")
 
 
-def means(tallies: list[dict[str, Tensor]]) -> dict[str, float]:
-    """What is logged, of all ranks; without pairs the margin is that of the means."""
-    row = fsdp.mean_over_ranks(tallies)
+def means(tallies: list[dict[str, Tensor]], known: dict[str, Tensor] | None = None) -> dict[str, float]:
+    """What is logged, of all ranks, with what is `known` of them; without pairs the margin is that of the
+    means."""
+    row = fsdp.mean_over_ranks(tallies, known)
     for name in ("rewards", "own"):
         if {f"{name}/chosen", f"{name}/rejected"} <= set(row):
             row.setdefault(f"{name}/margins", row[f"{name}/chosen"] - row[f"{name}/rejected"])

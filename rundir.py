@@ -163,6 +163,7 @@ def begin(
             config.write_json(Path(args.out) / "args.json", flags)
     write_status(args, rank, "running", start, skipped=skipped)
     fsdp.HEALTH["report"] = functools.partial(_report_lost, args)
+    fsdp.HEALTH["word"] = signals.heard
     signals.wait()
 
 
@@ -219,8 +220,9 @@ def leave_if_told(
     step: int,
 ) -> None:
     """Where a signal came to any rank: save the step that all have reached, say so, and end the process. Not
-    between PPO's steps on one batch, for what phase A froze of it is in no checkpoint."""
-    if step % getattr(args, "ppo_epochs", 1) or not (number := fsdp.largest(signals.heard(), device)):
+    between PPO's steps on one batch, for what phase A froze of it is in no checkpoint. With several ranks one
+    that comes after a step's means ends the next step."""
+    if step % getattr(args, "ppo_epochs", 1) or not (number := fsdp.agreed(device)):
         return
     rank, why = fsdp.ranks()[0], signal.Signals(number).name
     fsdp.reshard(model)  # an evaluation has gathered some

@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         works = shares[rank]
         counted = [group for share in shares for work in share if work.counted for group in work.groups]
         packs = batch.packs(train, works, "best-worst", device)
-        units = train.trained_tokens(counted)
+        units = int(train.trained_tokens[counted].sum())
         tallies = []
         for pack in packs:
             policy.set_requires_gradient_sync(args.micro_batch_sync == "every" or pack is packs[-1])
@@ -255,8 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ((out.losses @ pack.weights[pack.response]) * (world_size / units)).backward()
             tallies.append(tally(out, pack))
 
-        row = fsdp.mean_over_ranks(tallies)
-        row["grad_norm"] = fsdp.clip_gradients(policy.lm, args.max_grad_norm)
+        # first: a GPU has done its work when the signals are asked for
+        norms = fsdp.clip_gradients({"grad_norm": (policy.lm, args.max_grad_norm)})
+        row = fsdp.mean_over_ranks(tallies) | norms
         if rundir.skips(args, step, row, optimizer, works, tallies, train):
             continue
         optimizer.step()

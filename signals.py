@@ -3,8 +3,8 @@
 Told before there is anything to save, or told twice, a process ends at once, whatever it waits for: a thread
 hears the signals, for Python's own handlers run only when a collective returns, which after the death of
 another rank it may never do. The rest is rundir.leave_if_told, which the loops ask at every step and in every
-micro-batch of an evaluation. Exit code 0 after SIGUSR1 and under Slurm, which tells so before it takes a
-machine back; else 128 + the signal's number.
+micro-batch of an evaluation; the other ranks hear of it with the step's means. Exit code 0 after SIGUSR1 and
+under Slurm, which tells so before it takes a machine back; else 128 + the signal's number.
 """
 
 import os

@@ -45,7 +45,7 @@ from encode import Encoded
 from formats import Example, Fault
 
 CHUNK = 256  # rows encoded at a time
-UNSEEN = ("places", "subsets")  # what training does not depend on
+UNSEEN = ("places", "learned", "subsets")  # what training does not depend on
 WORKERS = 32  # processes at most: rows are read by one, and each takes a third of a gigabyte
 INLINE = 8  # chunks encoded before other processes are worth their start of a few seconds
 
@@ -306,7 +306,8 @@ def _flat(examples: Iterable[Encoded]) -> Arrays:
         for ids, trained in zip([example.prompt, *example.completions], [blank, *example.trained]):
             found.starts.append(len(found.ids))
             found.places.append(place)
-            place += sum(trained)
+            found.learned.append(sum(trained))
+            place += found.learned[-1]
             found.sizes.append(len(ids))
             found.ids.extend(ids)
             found.trained.extend(trained)

@@ -56,18 +56,18 @@ def run(job: dict) -> None:
     gradients, calls = [], []
     CALLS.clear()
 
-    def record(part, max_norm):
-        prefix = "" if hasattr(part, "config") else "value_head."
-        if not prefix:  # the language model comes first in every step
-            gradients.append({})
-            calls.append(dict(CALLS))
-            CALLS.clear()
-        for name, parameter in part.named_parameters():
-            grad = parameter.grad
-            if grad is not None:
-                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-                gradients[-1][prefix + name] = whole.clone()
-        return clip_gradients(part, max_norm)
+    def record(limits):
+        gradients.append({})
+        calls.append(dict(CALLS))
+        CALLS.clear()
+        for key, (part, _) in limits.items():
+            prefix = "value_head." if key == "value_grad_norm" else ""
+            for name, parameter in part.named_parameters() if part is not None else ():
+                grad = parameter.grad
+                if grad is not None:
+                    whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                    gradients[-1][prefix + name] = whole.clone()
+        return clip_gradients(limits)
 
     fsdp.clip_gradients = record
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in (job["script"], "frozen.py")}

@@ -13,12 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_config import ROOT, exit_code, write_model
 from test_store import kept
 
+import align
 import arrays
 import batch
 import encode
 import ranking
+import sft
 
 
 def encoded(prompt, *answers, scores=None, labels=None):
@@ -229,7 +232,8 @@ def test_packs_of_a_store_are_those_of_its_examples(seed, how):
         groups.append(group._replace(labels=labels))
     one = kept(groups)
     order = [rng.randrange(12) for _ in range(12)]
-    for found in (one, arrays.joined([one, one.share(0.5, seed)]), one.mismatched(np.array(order), 7)):
+    mismatched = one.mismatched(np.array(order), 7)
+    for found in (one, arrays.joined([one, one.share(0.5, seed)]), mismatched):
         chosen = rng.sample(range(len(found)), 5)
         works = [batch.Work(chosen, True), batch.Work(chosen[:1], False)]
         whole = [batch.pack([found[g] for g in work.groups], work.counted, how) for work in works]
@@ -238,7 +242,54 @@ def test_packs_of_a_store_are_those_of_its_examples(seed, how):
             for mine, other in zip((*pack, *pack.layout), (*wanted, *wanted.layout)):
                 assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else str(mine) == str(other)
             assert all(map(lambda a, b: getattr(a, "dtype", 0) == getattr(b, "dtype", 0), pack, wanted))
-        assert found.trained_tokens(chosen) == sum(found[g].trained_tokens for g in chosen)
+        assert found is mismatched or found.trained_tokens.tolist() == [g.trained_tokens for g in found]
+
+
+class Spied:
+    """An array of tokens that keeps which of them were read."""
+
+    def __init__(self, text):
+        self.text, self.read = text, set()
+
+    def __len__(self):
+        return len(self.text)
+
+    def __getitem__(self, span):
+        self.read.update(range(span.start, span.stop))
+        return self.text[span]
+
+
+@pytest.mark.parametrize("script, more", [(sft, []), (align, ["--loss", "grpo"])])
+def test_a_step_reads_the_rows_of_its_own_rank_alone(script, more, tmp_path, monkeypatch):
+    """The real loop of one process, with the plan of two. red: the trained tokens of a step counted in its
+    masks; packs of all shares"""
+    write_model(tmp_path / "model")
+    rows = (ROOT / "examples" / "hh_test.jsonl").read_bytes().split(b"\n")[:6]
+    (tmp_path / "pairs.jsonl").write_bytes(b"\n".join(rows))
+    load, plan, own = script.load_examples, batch.plan, []
+
+    def spied(*args):
+        found = load(*args)
+        own[:] = [found, Spied(found.arrays.ids), Spied(found.arrays.trained)]
+        found.arrays = found.arrays._replace(ids=own[1], trained=own[2])
+        return found
+
+    def of_two(lengths, size, _, *rest):
+        for text in own[1:]:
+            text.read.clear()  # of the start
+        own.append(plan(lengths, size, 2, *rest))
+        return own[-1]
+
+    monkeypatch.setattr(script, "load_examples", spied)
+    monkeypatch.setattr(batch, "plan", of_two)
+    argv = ["--model", tmp_path / "model", "--weights", "random", "--data", tmp_path / "pairs.jsonl"]
+    argv += ["--out", tmp_path / "run", "--steps", "1", "--batch-size", "4" if script is sft else "8", *more]
+    assert exit_code(script.main, list(map(str, argv))) is None
+    found, ids, trained, planned = own
+    shares = [{g for work in share for g in work.groups} for share in planned[0]]
+    spans = [found._span(p) for g in shares[0] for p in range(*found.arrays.first[[g, g + 1]])]
+    assert [len(share) for share in shares] == [2, 2]
+    assert ids.read == trained.read == {place for span in spans for place in range(span.start, span.stop)}
 
 
 def test_a_pack_of_4000_tokens_takes_no_time():

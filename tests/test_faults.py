@@ -843,7 +843,7 @@ def endless(root, tmp_path):
 
 @pytest.mark.parametrize("script, name, ranks", [("sft", "SIGINT", 1), ("align", "SIGUSR1", 2)])
 def test_a_signal_ends_the_step_saves_it_and_leaves(endless, script, name, ranks, monkeypatch):
-    # red: the loop without leave; exit_code without 128; each rank for itself, without fsdp.largest
+    # red: the loop without leave; exit_code without 128; each rank for itself, without fsdp.agreed
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     out, argv, log = endless
     argv += ["--save-async", "true"] * (script == "align")

@@ -151,11 +151,9 @@ ONCE |= {
 }
 TRUTHS = KINDS | ONCE
 # Mutations: the kind, processes, steps, what is replaced in align.py, by what.
-OVER_RANKS = "fsdp.mean_over_ranks(tallies)"
-THIS_RANK = (
-    "(lambda sums: {name: (a / b.clamp(min=1)).item() for name, (a, b) in sums.items()})"
-    "({name: sum(part[name] for part in tallies) for name in tallies[0]})"
-)
+OVER_RANKS = "fsdp.sums_over_ranks(tallies)"
+# a rank that has a filler alone has counted nothing
+THIS_RANK = "{n: sum(t[n] for t in tallies) + torch.tensor([0, 1e-9]).double() for n in tallies[0]}"
 ESTIMATE = "kl_estimate=estimate)"
 LOCAL = 'kl_estimate=(lambda a, b: a / b)(*tallies.pop(0)["kl_estimate"].float()))'
 MEAN, OWN_MEAN = "(f.advantages - ", "(f.advantages - f.advantages.mean() + 0 * "

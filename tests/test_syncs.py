@@ -6,6 +6,7 @@ A mode sees every operation, those of the backward pass too. `red:` names a chan
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,14 +16,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from test_store import kept
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import align
 import attention
 import batch
 import encode
 import fsdp
+import lora
 import model
 import objective
 import precision
@@ -96,9 +100,20 @@ def base(tmp_path_factory):
     settings |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
     settings |= {"num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": VOCABULARY}
     (path / "config.json").write_text(json.dumps(settings))
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).save_pretrained(path)
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield path
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def of_two():
+    """This process as the first of two ranks, whose collectives end at once."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 
 
 def examples():
@@ -113,18 +128,24 @@ def examples():
 
 
 def step_of_align(base, loss, *flags, device="cpu", cached=False):
-    """One optimiser step of align.py as its loop makes it -> (waits of the micro-batches, of the rest). With
-    `cached`, what the reference says is read: log-probabilities, or states for a loss of distributions."""
+    """One optimiser step of align.py as its loop makes it -> (waits of the micro-batches, of the rest as one
+    rank and as the first of two). With `cached`, what the reference says is read: log-probabilities, or states
+    for a loss of distributions."""
     argv = ["--model", str(base), "--data", "none", "--out", "none", "--loss", loss, *flags]
-    asked = objective.make_objective(align.parse_args(argv))
+    args = align.parse_args(argv)
+    asked = objective.make_objective(args)
     policy = model.load(str(base), torch.float32, 64, "random")
     if asked.advantages is not None:
         model.add_value_head(policy, str(base), 0)
     reference = None
-    if asked.has_reference:  # not the policy's equal: for equal costs there is nothing to select
+    if lora.wanted(args):
+        lora.add(policy, args, lambda said: None)
+        reference = lora.Reference(policy, lora.shared(args))
+    elif asked.has_reference:  # not the policy's equal: for equal costs there is nothing to select
         reference = model.load(str(base), torch.float32, 64, "random", 1)
-    for part in filter(None, (policy, reference)):
-        part.to(device)
+    policy.to(device)
+    if isinstance(reference, model.LanguageModel):
+        reference.to(device)
     work = [batch.Work([0, 1, 2], True)]
     given = kept(examples())
     place, how = torch.device(device), asked.pairs or "best-worst"
@@ -135,22 +156,36 @@ def step_of_align(base, loss, *flags, device="cpu", cached=False):
         states = np.zeros((given.slots, 16), np.float32) if asked.measure else None
         reference = Cached(np.zeros(given.slots, np.float32), states, reference.head, None)
     with counted() as inside:
-        states = of_reference(reference, packs[0])
+        with torch.no_grad():
+            states = of_reference(reference, packs[0])
         out, stats = align.forward(asked, policy, reference, packs[0], states, *freeze_of(asked, packs, delta))
         (out.losses @ asked.weights(packs[0]) / 3).backward()
         tallies = [align.tally(asked, out, stats, packs[0])]
-    assert all(part.grad is not None for part in policy.lm.parameters())
-    if device != "cpu":
-        return inside, collections.Counter()
-    with counted() as outside:
-        with torch.no_grad():
-            freeze(asked, policy, reference, packs, strangers, delta)
-        objective.means(tallies)
-        fsdp.clip_gradients(policy.lm, 1.0)
-        if policy.value_head is not None:
-            fsdp.clip_gradients(policy.value_head, 1.0)
-        rundir.leave_if_told(argparse.Namespace(), policy, None, {}, None, place, 1)
-    return inside, outside
+    assert all(part.grad is not None for part in policy.lm.parameters() if part.requires_grad)
+
+    def rest():
+        logged = freeze(asked, policy, reference, packs, strangers, delta)[1]
+        heads = {"value_grad_norm": (policy.value_head, 1.0)}
+        return end_of_step(policy, heads, lambda: objective.means(tallies, logged))
+
+    return inside, both(rest) if device == "cpu" else []
+
+
+def end_of_step(policy, heads, means):
+    """What comes after the micro-batches, and before those of the next step."""
+    norms = fsdp.clip_gradients({"grad_norm": (policy.lm, 1.0)} | heads)
+    row = means() | norms
+    rundir.leave_if_told(argparse.Namespace(), policy, None, {}, None, torch.device("cpu"), 1)
+    return row
+
+
+def both(rest):
+    """Waits of the rest of a step, of one rank and of two."""
+    with counted() as one:
+        rest()
+    with of_two(), counted() as two:
+        rest()
+    return [one, two]
 
 
 def freeze_of(asked, packs, delta):
@@ -170,6 +205,7 @@ LOSSES = {
     "published": ("ra_dpo1", "--risk", "published"),
     "ppo": ("ppo",),
     "grpo": ("grpo",),
+    "lora": ("dpo", "--lora-rank", "2"),
 }
 CACHED = ("dpo", "cvar")
 
@@ -178,14 +214,11 @@ CACHED = ("dpo", "cvar")
 def test_no_micro_batch_of_align_waits_and_a_step_does_twice(base, name, cached, monkeypatch):
     # red: batch.summed by new_tensor; compare by index; the layout made in hidden_states; a bincount in
     # losses.advantages; published's cuts by repeat_interleave; grpo's groups counted; cached values by .to;
-    # fsdp.largest on the device where there is one rank (several wait there once more)
+    # fsdp.agreed by `largest` in every step; a read in freeze; a norm of each module read alone
     monkeypatch.setattr(risk, "_by_histogram", risk._by_bisection)  # as elsewhere than on a CPU
     inside, outside = step_of_align(base, *LOSSES[name], cached=cached)
     assert inside == {}
-    # the means that are logged, the gradient's norm; kto and ppo: what phase A fixes, of all ranks; ppo's
-    # critic has a norm of its own
-    phases = 1 + (name in ("kto", "ppo"))
-    assert outside == {"tolist": phases, "_local_scalar_dense": 1 + (name == "ppo")}
+    assert outside == [{"tolist": 2}] * 2  # the gradients' norms; all that is logged, and the signals
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -196,8 +229,8 @@ def test_a_micro_batch_runs_where_there_are_no_values_to_wait_for(base, name):
     assert inside == {}
 
 
-def test_no_micro_batch_of_sft_waits(base):
-    # red: the layout made in sft.forward
+def test_no_micro_batch_of_sft_waits_and_a_step_does_twice(base):
+    # red: the layout made in sft.forward; fsdp.agreed by `largest` in every step
     policy = model.load(str(base), torch.float32, 64, "random")
     for device in ("cpu", "meta"):
         policy.to(device)
@@ -205,8 +238,31 @@ def test_no_micro_batch_of_sft_waits(base):
         with counted() as found:
             out = sft.forward(policy, pack)
             (out.losses @ pack.weights[pack.response]).backward()
-            sft.tally(out, pack)
+            tallies = [sft.tally(out, pack)]
         assert found == {}
+        if device == "cpu":
+            rest = functools.partial(end_of_step, policy, {}, lambda: fsdp.mean_over_ranks(tallies))
+            assert both(rest) == [{"tolist": 2}] * 2
+
+
+def test_the_means_bring_along_the_largest_word_of_all_ranks(monkeypatch):
+    # red: the smallest word; only this rank's; `agreed` kept when it has been asked for; what is known summed up
+    monkeypatch.setattr(fsdp, "HEALTH", fsdp.HEALTH | {"word": lambda: 10})
+
+    def with_another(sums, *_):
+        """What a rank with the same sums that says 15 makes of them."""
+        own = sums.clone()
+        own[-fsdp.WORDS :] = 0
+        own[15 - fsdp.WORDS] = 1
+        sums += own
+
+    monkeypatch.setattr(dist, "all_reduce", with_another)
+    monkeypatch.setattr(fsdp, "ranks", lambda: (0, 2))
+    known = {"known": torch.tensor([1.0, 4.0]), "never": torch.tensor([1.0, 0.0])}
+    found = fsdp.mean_over_ranks([{"loss": torch.tensor([3.0, 2.0])}] * 2, known)
+    assert found == {"loss": 1.5, "known": 0.25}
+    monkeypatch.setattr(fsdp, "largest", lambda word, device: 100 + word)
+    assert [fsdp.agreed(torch.device("cpu")) for _ in range(2)] == [15, 110]
 
 
 def test_what_the_count_sees():
