@@ -129,6 +129,42 @@ def test_blocks_are_gathered_once_a_pass_and_the_last_once_a_micro_batch(runs):
         assert calls(runs, name, "all_gather_single") == [policy + reference] * 2, name
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_block_is_gathered_before_the_one_before_it_runs_and_the_last_stays(monkeypatch, trains):
+    """Three blocks, in the order of one of two ranks; a frozen model's last block is resharded like the others.
+    red: set_modules_to_forward_prefetch left out; the last block resharded after its forward, of a frozen model
+    not"""
+    seen = []
+
+    def reported(*given, **options):
+        seen.append("gather")
+        return call(*given, **options)
+
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    call = getattr(dist, name)
+    monkeypatch.setattr(dist, name, reported)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        whole = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3)))
+        whole.append(torch.nn.Linear(4, 4)).requires_grad_(trains)  # the rest
+        fsdp.shard(whole, blocks := whole[:3], torch.float32, torch.device("cpu"))
+        for place, block in enumerate(blocks):
+            block[0].register_forward_hook(lambda *_, place=place: seen.append(f"forward {place}"))
+            block[0].register_full_backward_hook(lambda *_, place=place: seen.append(f"backward {place}"))
+        found = whole(torch.ones(2, 4)).sum()
+        # before them those of the rest and of the first two blocks
+        assert seen == ["gather"] * 3 + ["forward 0", "gather", "forward 1", "forward 2"]
+        seen.clear()
+        if trains:
+            found.backward()
+            assert seen == ["gather", "backward 2", "gather", "backward 1", "backward 0"]  # torch looks ahead
+        else:
+            whole[2].unshard()
+            assert seen == ["gather"]
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_reference_on_the_cpu_is_the_same_reference(runs):
     # red: fill() of it left out; the offloaded shards of a fresh model
     same(runs, "every", "offloaded")
