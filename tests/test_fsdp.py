@@ -39,6 +39,11 @@ RUNS = {  # name -> (processes, kind, flags)
     "offloaded": (2, "dpo", ["--offload", "reference"]),
     "on": (2, "ra_dpo1", ["--resume", "auto"]),  # from the first step of "groups"
     "one": (1, "ra_dpo1", []),
+    "sft-alone": (1, "sft", []),
+    "lora-alone": (1, "dpo", ADAPTERS),
+    "compiled": (1, "ra_dpo1", ["--compile", "true"]),
+    "sft-compiled": (1, "sft", ["--compile", "true"]),
+    "lora-compiled": (1, "dpo", [*ADAPTERS, "--compile", "true"]),
 }
 
 
@@ -97,6 +102,22 @@ def test_the_plan_counts_gradients_that_are_whole_until_the_last_micro_batch():
     assert last["gradients"] >= 4 * whole > every["gradients"]
     alone = run._replace(microbatches=1)
     assert memory.need(found, alone) == memory.need(found, alone._replace(sync="last"))
+
+
+@pytest.mark.parametrize("kind", ["", "sft-", "lora-"])
+def test_compiled_blocks_of_the_real_scripts_train_what_others_do(runs, kind):
+    """Every pack has lengths of its own: what the first step compiles serves the second. A policy's block runs
+    twice a micro-batch, for its backward runs its forward again, and a reference's once.
+    red: compile_blocks of the policy alone (the count), or not called; _compiled() that is not dynamic"""
+    alone, compiled = f"{kind}alone" if kind else "one", f"{kind}compiled"
+    assert rows(runs / compiled)[1]["loss"] == rows(runs / alone)[1]["loss"]
+    for mine, theirs in zip(*(torch.load(runs / name / "gradients.pt") for name in (compiled, alone)), strict=True):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    made, run = (calls(runs, compiled, f"graphs {how}") for how in ("made", "run"))
+    assert made[1] == 0 and (made[0] > 0 or kind == "sft-")  # of the same class: what was compiled before it
+    once = calls(runs, "sft-compiled", "graphs run")[0] / 2
+    assert run == [(2 if kind == "sft-" else 3) * once] * 2 and once > 0
+    assert calls(runs, alone, "graphs run") == [0, 0]
 
 
 def test_groups_that_hold_the_whole_model_each_train_what_one_process_does(runs):
