@@ -6,7 +6,7 @@ write.
 A job is {"script", "argv", "mutation": [old, new] or null}. The script's source is executed as it stands, or
 with one line replaced, of it or of frozen.py: the mutation that must turn a test red. Into the run directory goes gradients.pt, the
 whole gradients of every optimiser step before clipping, from rank 0, and collectives.json, how many collectives
-of tensors each step has made by then, by name, and how many graphs of --compile it has made and run, which are
+of tensors each step has made by then, by name, how many models rest on the CPU, and how many graphs of --compile it has made and run, which are
 traced and run operation by operation: no code is generated.
 """
 
@@ -57,21 +57,22 @@ def counted_graph(graph, inputs):
 torch.compile = traced
 
 
-def count(name: str) -> None:
-    """Count the calls of a collective from now on."""
-    call = getattr(dist, name)
+def count(name: str, where=dist) -> None:
+    """Count the calls of a collective, or of another function, from now on."""
+    call = getattr(where, name)
 
-    @functools.wraps(call)
+    @functools.wraps(call, updated=())
     def counted(*args, **options):
         CALLS[name] += 1
         return call(*args, **options)
 
-    setattr(dist, name, counted)
+    setattr(where, name, counted)
 
 
 for name in ("all_gather_single", "reduce_scatter_single"):
     if hasattr(dist, name):  # torch 2.11 has other names
         count(name)
+count("CPUOffloadPolicy", fsdp)  # of each model that rests on the CPU
 
 
 def run(job: dict) -> None:
