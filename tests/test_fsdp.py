@@ -23,6 +23,7 @@ from transformers import LlamaConfig
 
 import align
 import batch
+import checkpoint
 import fsdp
 import memory
 
@@ -239,9 +240,11 @@ def test_shards_on_the_cpu_meet_on_the_gpu(monkeypatch):
         for work in (lambda: fsdp.clip_gradients(model, 1.0), lambda: fsdp.not_finite(model)):
             with pytest.raises((RuntimeError, NotImplementedError)):  # of no memory, after the collective
                 work()
+        monkeypatch.setattr(fsdp, "from_rank_zero", lambda _, where: met.append(torch.empty(0, device=where)) or 1)
+        assert checkpoint.save("nowhere", 0, model, None, {}, 1) == ""  # it is there, as rank 0 says
     finally:
         dist.destroy_process_group()
-    assert [value.device.type for value in met] == ["meta"] * 3
+    assert [value.device.type for value in met] == ["meta"] * 4
 
 
 @pytest.mark.parametrize("more", [["--loss", "simpo"], ADAPTERS], ids=["none", "adapters"])
