@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import fsdp
 
@@ -58,7 +57,7 @@ def start(lm: nn.Module) -> None:
     """Fresh rows become those that the frozen weight has, once it is there; all ranks together."""
     for module in (module for module in lm.modules() if getattr(module, "fresh", False)):
         weight, (local, part) = module.weight, fsdp.local_piece(module.added)
-        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # (V, D)
+        whole = fsdp.whole(weight)  # (V, D)
         local.copy_(whole[module.first : module.first + len(module.added)][part])
 
 

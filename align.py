@@ -84,7 +84,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--ppo-epochs", type=config.count, default=1, help="optimiser steps on a batch, its phase A kept")
     add("--humanline", type=config.boolean, default=False, help="clamp the log-ratio of each token")
     add("--sync-reference-every", type=config.count_or_zero, default=0, help="steps; 0: the reference stays")
-    add("--offload", choices=("reference",), default=None, help="its weights rest on the CPU")
+    add("--offload", choices=("reference", "all"), default=None, help="what rests on the CPU")
     how = "of the body, masters are fp32; None: bfloat16, on a CPU without products of it float32"
     add("--dtype", choices=("bfloat16", "float32"), default=None, help=how)
     how = "what is recomputed; None: full, on CUDA as little as there is room for"
@@ -294,10 +294,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.compile_blocks(args.compile, policy, reference)
     with config.user_errors():
         place = functools.partial(model.place, dtype=dtype, device=device, replicate=args.replicate)
-        place(policy)
+        place(policy, offload=args.offload == "all")
         if isinstance(reference, model.LanguageModel) and reference is not policy:
             like = policy if same_weights else None
-            place(reference.requires_grad_(False), like=like, offload=args.offload == "reference")
+            place(reference.requires_grad_(False), like=like, offload=bool(args.offload))
         reference, of_held_out = references.ready(kept, reference, args, device, say)
     if args.cache_reference_only:
         return fsdp.finish()

@@ -63,7 +63,7 @@ def save(
     staging.wait says why.
     """
     staging.wait()
-    target, device = Path(out) / f"step-{step}", next(model.parameters()).device
+    target, device = Path(out) / f"step-{step}", fsdp.meeting(next(model.parameters()))
     leads = fsdp.ranks()[0] == 0
     if fsdp.from_rank_zero(int(leads and _is_complete(target)), device):
         return ""
@@ -385,13 +385,13 @@ def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
     for name, parameter in trained.items():
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)  # fused, it is not on the CPU
+            state["step"] = torch.zeros((), device=parameter.device)  # fused, it is where they are
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         moments |= {f"{name}.{key}": value for key, value in state.items()}
     rank = fsdp.ranks()[0]
     random = {f"rng_{rank}": torch.get_rng_state()}
-    if next(model.parameters()).is_cuda:
+    if fsdp.meeting(next(model.parameters())).type == "cuda":
         random[f"rng_{rank}_cuda"] = torch.cuda.get_rng_state()
     return {"model": trained, "optim": moments, **random}
 

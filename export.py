@@ -31,7 +31,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -102,7 +101,7 @@ def export(
     Raises ValueError, on all ranks, if it cannot be written, `out` may not be replaced, or a weight is not
     finite.
     """
-    device = next(model.parameters()).device
+    device = fsdp.meeting(next(model.parameters()))
     adapters = lora.settings(model)
     state = loading.stored(model)
     wholes = _wholes(state)
@@ -136,7 +135,7 @@ def _wholes(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _whole(value: Tensor) -> Tensor:
-    whole = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+    whole = fsdp.whole(value).detach()
     return whole.cpu() if fsdp.ranks()[0] == 0 else whole
 
 

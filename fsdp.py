@@ -10,7 +10,7 @@ With `replicate` N (HSDP) ranks fall into N groups of neighbours. Each group hol
 as all ranks do else: blocks are gathered within it, and gradients, reduced to shards there, are summed over
 the groups.
 
-Left out: tensor, pipeline and expert parallelism; optimiser states on the CPU.
+Left out: tensor, pipeline and expert parallelism.
 """
 
 import atexit
@@ -212,7 +212,8 @@ def shard(
 ) -> None:
     """Split every parameter over all ranks, or over those of each of `replicate` groups, in place. Parameters
     keep their dtype, compute runs in `dtype` (in `fp32_modules` in fp32), gradients are summed in fp32. With
-    `offload` the shards lie on the CPU, and what is gathered on `device`. The root forward must take integers
+    `offload` the shards lie on the CPU, as their gradients and the optimiser's states do then, and what is
+    gathered on `device`. The root forward must take integers
     only: floats would be cast to `dtype`."""
     shape = groups(dist.get_world_size(), replicate)
     split = functools.partial(
@@ -313,7 +314,7 @@ def clip_gradients(limits: Mapping[str, tuple[nn.Module | None, float]]) -> dict
         local[name] = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
         rows = [torch.linalg.vector_norm(grad, dim=-1) for grad in local[name]]  # each the shape less an axis
         norms = torch.stack([torch.linalg.vector_norm(row).double() for row in rows])  # (parameters,)
-        squares.append(norms.square().sum())
+        squares.append(norms.square().sum().to(meeting(grads[0])))
     together = torch.stack(squares)  # (modules,)
     dist.all_reduce(together, group=group)
     found = dict(zip(local, together.sqrt().tolist()))
@@ -375,9 +376,19 @@ def not_finite(model: nn.Module) -> list[str]:
     flags = torch.zeros(len(named), dtype=torch.int32)
     flags[filled] = (~peaks.isfinite()).int().cpu()
     if sharded := [parameter for _, parameter in named if isinstance(parameter, DTensor)]:
-        flags = flags.to(sharded[0].device_mesh.device_type)  # where ranks meet, be the shards on the CPU
+        flags = flags.to(meeting(sharded[0]))
         dist.all_reduce(flags)
     return [name for (name, _), flag in zip(named, flags.tolist()) if flag]
+
+
+def meeting(value: Tensor) -> torch.device:
+    """Where the ranks that hold a tensor's shards meet, be the shards on the CPU; of another its device."""
+    return torch.device(value.device_mesh.device_type) if isinstance(value, DTensor) else value.device
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor from its shards, all ranks together, where they meet; one that is not sharded is as it was."""
+    return value.to(meeting(value)).full_tensor() if isinstance(value, DTensor) else value
 
 
 def piece(parameter: DTensor, rank: int) -> tuple[slice, ...]:

@@ -87,7 +87,7 @@ class Run(NamedTuple):
     chunks: bool = True  # does the head project on the vocabulary? Not a reward model's
     cuda: bool = False
     sync: str = "every"  # micro-batch, or the last: gradients are whole until then
-    offload: bool = False  # a live reference's shards
+    offload: str = ""  # to the host: shards of a live "reference", or "all"
     staged: bool = False  # checkpoints are written from a copy
 
 
@@ -234,12 +234,13 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     frozen = [w for w in body.weights if not w.trained]
     held = 4 if body.head_trained else run.size  # beside adapters, which leave the head alone
     live = run.reference == "live"
-    offloaded = run.offload and run.cuda  # to the host's memory
+    offloaded = run.offload * run.cuda  # a CPU's would stay in the same memory
+    stays, goes = offloaded != "all", offloaded == "all"
     block = max(body.blocks, key=numbers)
     root, of_block = run.size * numbers(body.root), run.size * numbers(block)
     beside = [weight for weight in other.root if weight.shape == other.head[:1]]  # the head's bias
     given, trainable = [w for w in body.root if w.trained], [w for w in block if w.trained]
-    gradients = 4.0 * numbers(trained, run.ranks)
+    gradients = 4.0 * numbers(trained, run.ranks) * stays
     several, last = run.microbatches > 1, run.sync == "last"
     earlier = several * (4.0 * numbers(trained) if last else gradients)
     kept, again = _activations(body, run)
@@ -247,8 +248,8 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     twins = run.microbatches * (run.reference in TWINS) * other.head[1]
     states = run.size * run.tokens * (twins + 2 * body.head[1])
     always = {
-        "weights": 4.0 * numbers(trained, run.ranks) + held * numbers(frozen, run.ranks),
-        "moments": 8.0 * numbers(trained, run.ranks),
+        "weights": (4.0 * numbers(trained, run.ranks) + held * numbers(frozen, run.ranks)) * stays,
+        "moments": 8.0 * numbers(trained, run.ranks) * stays,
         "reference": run.size * numbers(other.weights, run.ranks) * (live and not offloaded),
         "cache": run.size * (math.prod(other.head) + numbers(beside)) * (run.reference == "hidden"),
         "staging": 12.0 * numbers(trained, run.ranks) * (run.staged and not run.cuda),  # of a GPU on the host
@@ -256,12 +257,15 @@ def _moments(body: Body, run: Run, other: Body) -> list[dict[str, float]]:
     roots = root + live * run.size * numbers(other.root)
     matrix = body.head_trained * run.size * math.prod(body.head)  # the gradient of the head
     back = run.size * numbers(trainable) + 4 * numbers(trainable)  # whole, and on its way to its shards
+    # on their way from the host and to it: shards of the next block, gradients of the last
+    back += goes * (held * numbers(block, run.ranks) + 4 * numbers(trainable, run.ranks))
     # The same of the root. In the embedding's backward, where a tied matrix has the gradients of head and
     # embedding and their sum, it is gathered still; on the way to shards no longer, and to shards of earlier
     # micro-batches new ones are added, which of one rank are what was to be sent.
     tied = sum(weight.shape == body.head for weight in body.root) == 1
     added = (several and not last and run.ranks > 1) / run.ranks
     ends, sent = run.size * numbers(given), 4 * numbers(given) * (1 + added)
+    sent += goes * 4 * numbers(given, run.ranks)
     moments = [  # gradients, gathered, activations, head
         (earlier, roots + run.size * numbers(body.blocks[-1]), kept + states, _head(body, run)),
         (earlier + back, roots + 2 * of_block, kept + states + again, matrix),
@@ -373,5 +377,5 @@ def run_of(args: argparse.Namespace, objective: Any, lengths: Any, ranks: int, c
         getattr(torch, args.dtype).itemsize,
         args.activation_checkpointing, reference, bool(objective and objective.through),
         not (objective and objective.scores), cuda, args.micro_batch_sync,
-        bool(getattr(args, "offload", None)), bool(args.save_async and args.save_every),
+        getattr(args, "offload", None) or "", bool(args.save_async and args.save_every),
     )  # fmt: skip

@@ -81,6 +81,7 @@ def resolve(args: argparse.Namespace) -> None:
     takes = {"reference": reference, "sync_reference_every": reference}
     takes |= {"max_value_grad_norm": critic, "max_prompt_length": not rendered}
     takes |= {"sample_prompts": not rendered, "cache_reference": reference, "offload": reference}
+    takes["offload"] |= args.offload == "all"
     for name in [name for name in takes if getattr(args, name) and not takes[name]]:
         config.fail(f"--loss {args.loss} takes no --{name.replace('_', '-')}")
     if critic:

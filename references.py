@@ -76,7 +76,7 @@ class Found(NamedTuple):
 def resolve(args: argparse.Namespace) -> None:
     """What goes with --cache-reference; a loss of distributions sets --cache-hidden. Fails in one line, also
     for --offload reference where that is no model of its own."""
-    if args.offload and lora.shared(args) is not None:
+    if args.offload == "reference" and lora.shared(args) is not None:
         config.fail("--offload reference: the reference is the policy with other adapters, and takes no room")
     for flag in ("cache_hidden", "cache_reference_only"):
         if getattr(args, flag) and not args.cache_reference:

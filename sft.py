@@ -74,6 +74,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default=None, help=how)
     how = "what is recomputed; None: full, on CUDA as little as there is room for"
     add("--activation-checkpointing", choices=estimate.WAYS, default=None, help=how)
+    add("--offload", choices=("all",), default=None, help="what rests on the CPU: the optimiser's too")
     add("--compile", type=config.boolean, default=False, help="what blocks do between products, for GPUs")
     add("--eval-every", type=config.count_or_zero, default=100, help="steps; 0: at the start and the end")
     add("--eval-examples", type=config.count, default=256, help="held out, the same ones every time")
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.checkpoint_activations(policy, args.activation_checkpointing)
     model.compile_blocks(args.compile, policy)
     with config.user_errors():
-        model.place(policy, dtype, device, replicate=args.replicate)
+        model.place(policy, dtype, device, replicate=args.replicate, offload=args.offload == "all")
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )

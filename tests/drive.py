@@ -6,7 +6,8 @@ write.
 A job is {"script", "argv", "mutation": [old, new] or null}. The script's source is executed as it stands, or
 with one line replaced, of it or of frozen.py: the mutation that must turn a test red. Into the run directory goes gradients.pt, the
 whole gradients of every optimiser step before clipping, from rank 0, and collectives.json, how many collectives
-of tensors each step has made by then, by name.
+of tensors each step has made by then, by name, how many models rest on the CPU, and how many graphs of --compile it has made and run, which are
+traced and run operation by operation: no code is generated.
 """
 
 import collections
@@ -33,23 +34,45 @@ start_group = dist.init_process_group
 dist.init_process_group = lambda *args, **options: dist.is_initialized() or start_group(*args, **options)
 fsdp.finish = fsdp.barrier
 CALLS: collections.Counter = collections.Counter()  # of the step
+compiler = torch.compile
 
 
-def count(name: str) -> None:
-    """Count the calls of a collective from now on."""
-    call = getattr(dist, name)
+def traced(function, dynamic, options):
+    """torch.compile without what generates code, whose options these are."""
+    assert options == {"emulate_precision_casts": True}
+    return compiler(function, dynamic=dynamic, backend=counted_graph)
 
-    @functools.wraps(call)
+
+def counted_graph(graph, inputs):
+    """A backend that counts."""
+    CALLS["graphs made"] += 1
+
+    def run(*given):
+        CALLS["graphs run"] += 1
+        return graph.forward(*given)
+
+    return run
+
+
+torch.compile = traced
+
+
+def count(name: str, where=dist) -> None:
+    """Count the calls of a collective, or of another function, from now on."""
+    call = getattr(where, name)
+
+    @functools.wraps(call, updated=())
     def counted(*args, **options):
         CALLS[name] += 1
         return call(*args, **options)
 
-    setattr(dist, name, counted)
+    setattr(where, name, counted)
 
 
 for name in ("all_gather_single", "reduce_scatter_single"):
     if hasattr(dist, name):  # torch 2.11 has other names
         count(name)
+count("CPUOffloadPolicy", fsdp)  # of each model that rests on the CPU
 
 
 def run(job: dict) -> None:
