@@ -283,7 +283,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     rows = [torch.linalg.vector_norm(grad, dim=-1) for grad in local]  # each its shape less the last axis
     squares = torch.stack([torch.linalg.vector_norm(norms).double() for norms in rows]).square().sum()
-    sharded, squares = isinstance(grads[0], DTensor), squares.to(meeting(grads[0]))
+    sharded, where = isinstance(grads[0], DTensor), meeting(grads[0])
+    squares = squares if squares.device.type == where.type else squares.to(where)
     dist.all_reduce(squares, group=grads[0].device_mesh.get_group(-1) if sharded else None)
     norm = squares.sqrt().item()
     if norm > max_norm:
