@@ -314,7 +314,8 @@ def clip_gradients(limits: Mapping[str, tuple[nn.Module | None, float]]) -> dict
         local[name] = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
         rows = [torch.linalg.vector_norm(grad, dim=-1) for grad in local[name]]  # each the shape less an axis
         norms = torch.stack([torch.linalg.vector_norm(row).double() for row in rows])  # (parameters,)
-        squares.append(norms.square().sum().to(meeting(grads[0])))
+        total, where = norms.square().sum(), meeting(grads[0])
+        squares.append(total if total.device.type == where.type else total.to(where))
     together = torch.stack(squares)  # (modules,)
     dist.all_reduce(together, group=group)
     found = dict(zip(local, together.sqrt().tolist()))
