@@ -142,6 +142,7 @@ KINDS = [["dpo"], ["bco"], ["kto"], ["ppo"], ["grpo"], ["bradley_terry"], ["simp
 KINDS += [["ra_dpo1", "--risk", name] for name in ("cvar", "erm", "published")]
 KINDS += [["dpo", "--compile", "true"], ["ra_dpo1", "--compile", "true", "--lora-rank", "4"]]
 KINDS += [["dpo", "--dtype", "float32"], ["dpo", "--activation-checkpointing", "none"]]
+KINDS += [["dpo", "--offload", "reference"], ["dpo", "--offload", "all"]]
 
 
 @pytest.mark.parametrize("flags", KINDS, ids=" ".join)
@@ -153,7 +154,7 @@ def test_every_kind_of_loss_takes_steps(tmp_path, flags):
     assert len(rows) == 3 and all(isinstance(row["loss"], float) and row["grad_norm"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("flags", [[], ["--lora-rank", "4"]], ids=["full", "lora"])
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "4"], ["--offload", "all"]], ids=["full", "lora", "offloaded"])
 def test_a_resumed_run_goes_on(tmp_path, flags):
     """AdamW's state is on the device again; steps 2 and 3 as without the stop, to the order of sums."""
     if flags:  # adapters need a base
