@@ -1,7 +1,7 @@
 """Methods compared on a real model and real preferences: SmolLM2-135M on the HH harmless sample, with seeds.
 
     bash run.sh compare            the whole plan, many hours; stopped, the same command goes on
-    bash run.sh compare --small    the same methods and seeds in fp32, 20 steps, one rate: 4 hours on 2 cores
+    bash run.sh compare --small    the same methods and seeds in fp32, 20 steps, one rate: about 4 hours on 2 cores
     bash run.sh compare --quick    three methods, one seed, a few steps: that it runs, nothing else
     python examples/compare.py --methods dpo tdpo2 --seeds 0 1 --model DIR
     python examples/compare.py --jobs 12     that many runs at a time share a GPU; OMP_NUM_THREADS=1
