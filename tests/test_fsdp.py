@@ -255,7 +255,7 @@ def test_shards_on_the_cpu_meet_on_the_gpu(monkeypatch):
         model = torch.nn.Module()
         model.weight = torch.nn.Parameter(shard)
         model.weight.grad = shard
-        for work in (lambda: fsdp.clip_gradients(model, 1.0), lambda: fsdp.not_finite(model)):
+        for work in (lambda: fsdp.clip_gradients({"grad_norm": (model, 1.0)}), lambda: fsdp.not_finite(model)):
             with pytest.raises((RuntimeError, NotImplementedError)):  # of no memory, after the collective
                 work()
         monkeypatch.setattr(fsdp, "from_rank_zero", lambda _, where: met.append(torch.empty(0, device=where)) or 1)
