@@ -135,6 +135,7 @@ def settings(args: argparse.Namespace, steps: int, judged: str) -> dict[str, Any
     """What rows must have in common to be compared."""
     shared = {"model": args.model.name, "rows": args.rows, "sft_steps": args.sft_steps}
     shared["dtype"] = args.dtype.split()[-1] if args.dtype else precision.usual("auto")  # of training
+    shared["split"] = "by opening"  # earlier rows, which say nothing of it, were split by whole prompts
     return shared | {"steps": steps, "judged": judged, "eval_pairs": args.eval_pairs}
 
 
