@@ -213,8 +213,7 @@ def shard(
     """Split every parameter over all ranks, or over those of each of `replicate` groups, in place. Parameters
     keep their dtype, compute runs in `dtype` (in `fp32_modules` in fp32), gradients are summed in fp32. With
     `offload` the shards lie on the CPU, as their gradients and the optimiser's states do then, and what is
-    gathered on `device`. The root forward must take integers
-    only: floats would be cast to `dtype`."""
+    gathered on `device`. The root forward must take integers only: floats would be cast to `dtype`."""
     shape = groups(dist.get_world_size(), replicate)
     split = functools.partial(
         fully_shard,

@@ -19,9 +19,8 @@ In this order, each piece skipped where its row is in --results:
 
 All from the same SFT model with the same number of steps and pairs a step, 10 % of them warm-up. The
 reference's hidden states are computed once and kept (--cache-reference). What each training logged is kept
-beside --results, for plot.py. Whatever a model was trained with,
-it is measured alike, in fp32, on the test rows: reward = log pi(y) - log pi_ref(y), so that accuracies
-compare; KL(reference || policy) and its CVaR at 5 % in nats, summed over the answer. The standard error of
+beside --results, for plot.py. Whatever a model was trained with, it is measured alike, in fp32, on the test
+rows: reward = log pi(y) - log pi_ref(y), so that accuracies compare; KL(reference || policy) and its CVaR at 5 % in nats, summed over the answer. The standard error of
 an accuracy of 360 pairs is 0.026, that of a difference between two models on the same pairs is smaller. A
 seed is an order of the data; the model and the rows do not change, so the spread over seeds is not that
 over samples of preferences.
@@ -64,7 +63,6 @@ METHODS = {
 }
 MAIN = ("dpo", "tdpo1", "tdpo2", "ra_dpo1_cvar_0.97")
 SWEPT = ("dpo", "tdpo2", "ra_dpo1_cvar_0.97")
-QUICK = ("dpo", "tdpo2", "ra_dpo1_cvar_0.97")
 BETA = 0.1
 OTHER_BETAS = (0.03, 0.3, 1.0)
 RATES = (5e-6, 1e-5, 2e-5)
@@ -72,7 +70,13 @@ DEV = 8  # one prompt of so many
 PAIRS = 8  # of a step
 LENGTHS = "--max-length 256 --max-prompt-length 128"
 TRAINED = f"{LENGTHS} --activation-checkpointing none --tokens-per-microbatch 4096"
-SMALL = {"rows": 480, "sft_steps": 40, "steps": 20, "eval_pairs": 120, "rates": (2e-5,)}
+WHOLE = {  # what a plan is where no flag says it
+    "methods": tuple(METHODS), "seeds": (0, 1, 2, 3, 4), "betas": OTHER_BETAS, "rates": RATES, "steps": 100,
+    "sft_steps": 200, "rows": None, "eval_pairs": 360,
+}  # fmt: skip
+SMALL = WHOLE | {"rows": 480, "sft_steps": 40, "steps": 20, "eval_pairs": 120, "rates": (2e-5,)}
+QUICK = WHOLE | {"methods": SWEPT, "seeds": (0,), "betas": (), "rates": (5e-6,), "steps": 20, "sft_steps": 20}
+QUICK |= {"rows": 240, "eval_pairs": 64}
 LABELS = ("loss", "risk", "confidence_level", "risk_aversion", "beta", "lr", "seed", "steps")  # of a curve
 MEASURE = "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1 --steps 0 --dtype float32"
 LOGGED = {  # of align.py -> of a row
@@ -134,7 +138,7 @@ def script(main: Callable, command: str, out: Path, **paths: Path) -> dict[str, 
 def settings(args: argparse.Namespace, steps: int, judged: str) -> dict[str, Any]:
     """What rows must have in common to be compared."""
     shared = {"model": args.model.name, "rows": args.rows, "sft_steps": args.sft_steps}
-    shared["dtype"] = args.dtype.split()[-1] if args.dtype else precision.usual("auto")  # of training
+    shared["dtype"] = args.dtype  # of training
     shared["split"] = "by opening"  # earlier rows, which say nothing of it, were split by whole prompts
     return shared | {"steps": steps, "judged": judged, "eval_pairs": args.eval_pairs}
 
@@ -152,7 +156,8 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     how = f"{METHODS[method]} --beta {beta:g} --lr {rate:g} --steps {steps}"
     how += f" --warmup-steps {max(1, steps // 10)} --batch-size {batch}"
     saved = 50 if args.jobs == 1 else 0  # runs at a time are short ones, and would fill a disk
-    how += f" --seed {seed} {TRAINED} --save-every {saved} --log-every {max(1, steps // 20)}{args.dtype}"
+    how += f" --seed {seed} {TRAINED} --save-every {saved} --log-every {max(1, steps // 20)}"
+    how += f" --dtype {args.dtype}"
     script(align.main, how, out / "run", model=start, data=args.out / "train.jsonl", cache_reference=cache)
     paths = {"model": out / "run" / "final", "reference": start, "cache_reference": cache}
     paths |= {"data": args.out / "dev.jsonl", "eval_data": rows[judged]}
@@ -163,14 +168,14 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     if judged == "test" and key[1:] == (BETA, args.seeds[0]):
         kl = drift.drifts([str(paths["model"])], str(start), str(rows[judged]), args.eval_pairs, 256)
         row["drift"] = drift.summary(next(kl))
-    frontier.add(args.results, row | frontier.where())
-    if judged == "test":
+    if judged == "test":  # before the row, with which the run counts as done
         kept = args.results.with_suffix("") / out.name
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(out / "run" / "metrics.jsonl", kept)
         flags = json.loads((out / "run" / "args.json").read_text(encoding="utf-8"))
         told = json.dumps({name: flags[name] for name in LABELS if flags.get(name) is not None})
         (kept / "args.json").write_text(told + "\n", encoding="utf-8")
+    frontier.add(args.results, row | frontier.where())
     shutil.rmtree(out)
     said = "  ".join(f"{name} {row[name]:.3f}" for name in ("accuracy", "kl_chosen", "kl_rejected"))
     said += f"  {row['seconds']:.0f} s"
@@ -244,8 +249,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     made.error = lambda message: config.fail(message)
     add = made.add_argument
     # fmt: off
-    add("--quick", action="store_true", help="three methods, one seed, one rate, one beta, few steps")
-    add("--small", action="store_true", help="for two cores: fp32, fewer steps and rows, one rate")
+    which = made.add_mutually_exclusive_group().add_argument
+    which("--quick", action="store_true", help="three methods, one seed, one rate, one beta, few steps")
+    which("--small", action="store_true", help="for two cores: fp32, fewer steps and rows, one rate")
     add("--methods", nargs="+", choices=METHODS, default=None, help="None: all, or three with --quick")
     add("--seeds", nargs="+", type=config.count_or_zero, default=None, help="None: 0 to 4")
     add("--betas", nargs="*", type=config.positive, default=None, help=f"None: {OTHER_BETAS}")
@@ -260,20 +266,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--results", type=Path, default=None, help="rows; None: bench/results/compare.jsonl, or in --out")
     # fmt: on
     args = made.parse_args(argv)
-    quick, small = args.quick, SMALL if args.small else {}
-    args.methods = args.methods or list(QUICK if quick else METHODS)
-    args.seeds = args.seeds or ([0] if quick else [0, 1, 2, 3, 4])
-    args.betas = args.betas if args.betas is not None else [] if quick else OTHER_BETAS
-    args.rates = args.rates or small.get("rates") or ([5e-6] if quick else RATES)
-    args.steps = args.steps or small.get("steps") or (20 if quick else 100)
-    args.sft_steps = args.sft_steps or small.get("sft_steps") or (20 if quick else 200)
-    args.rows = args.rows or small.get("rows") or (240 if quick else None)
-    args.eval_pairs = args.eval_pairs or small.get("eval_pairs") or (64 if quick else 360)
-    args.dtype = " --dtype float32" if small else ""
-    args.out = args.out or ROOT / "runs" / ("compare_quick" if quick else "compare")
+    for name, value in (QUICK if args.quick else SMALL if args.small else WHOLE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.dtype = "float32" if args.small else precision.usual("auto")
+    args.out = args.out or ROOT / "runs" / ("compare_quick" if args.quick else "compare")
     args.out /= f"{args.model.name}-{args.rows or 'all'}-{args.sft_steps}"  # what it holds depends on these
-    kept = args.out if quick else ROOT / "bench" / "results"
-    args.results = args.results or kept / ("compare_small.jsonl" if small else "compare.jsonl")
+    kept = args.out if args.quick else ROOT / "bench" / "results"
+    args.results = args.results or kept / ("compare_small.jsonl" if args.small else "compare.jsonl")
     return args
 
 
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         split(ROOT / "examples" / "hh_train.jsonl", args.out, args.rows)
         how = f"--steps {args.sft_steps} --batch-size {PAIRS} --lr 1e-5 --warmup-steps 20 {TRAINED}"
-        how += args.dtype
+        how += f" --dtype {args.dtype}"
         if not (args.out / "sft" / "final").is_dir():
             script(sft.main, how, args.out / "sft", model=args.model, data=args.out / "train.jsonl")
         if args.jobs > 1:

@@ -77,7 +77,8 @@ METHODS = {
 }
 QUICK = ("dpo", "kto", "tdpo2", "ra_dpo1_cvar_0.1", "ra_dpo2_cvar_0.98", "ra_dpo2_cvar_0.1")
 BETAS = (0.03, 0.1, 0.3, 1.0)
-STRONG = {3.0: ("dpo", "tdpo1", "ra_dpo1_cvar_0.98", "ra_dpo1_cvar_0.1")}  # where others have smaller drifts
+STRONG = 3.0  # of these too, where others have drifts that theirs do not lie around
+STRONGLY = ("dpo", "tdpo1", "ra_dpo1_cvar_0.98", "ra_dpo1_cvar_0.1")
 QUICK_BETAS = (0.1, 0.3)
 IDEAL_BETAS = (0.5, 0.7, 1.0, 1.5, 2.0, 4.0)
 SEEDS = 5
@@ -333,7 +334,7 @@ def fill(args: argparse.Namespace, settings: dict[str, int]) -> None:
     """Run what is missing: seed by seed, so that what is there can be compared at any time."""
     there = frontier.read(args.results, settings)
     for seed in args.seeds:
-        wanted = [(method, beta, seed) for beta in args.betas for method in STRONG.get(beta, args.methods)]
+        wanted = [(method, beta, seed) for method, beta in args.runs]
         wanted = [key for key in wanted if key not in there]
         if not wanted:
             continue
@@ -374,7 +375,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: off
     add("--quick", action="store_true", help="six methods, two betas, one seed, of the same settings")
     add("--methods", nargs="+", choices=METHODS, default=None, help="None: all, or six with --quick")
-    add("--betas", nargs="+", type=config.positive, default=None, help=f"None: {BETAS}, and of some {[*STRONG]}")
+    add("--betas", nargs="+", type=config.positive, default=None, help=f"None: {BETAS}, and {STRONG} of some")
     add("--seeds", nargs="+", type=config.count_or_zero, default=None, help=f"None: 0 to {SEEDS - 1}")
     add("--sentences", type=config.count, default=8000, help="of SFT")
     add("--pairs", type=config.count, default=2000, help="preferences trained on")
@@ -385,7 +386,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: on
     args = made.parse_args(argv)
     args.methods = args.methods or list(QUICK if args.quick else METHODS)
-    args.betas = args.betas or (QUICK_BETAS if args.quick else (*BETAS, *STRONG))
+    betas = args.betas or (QUICK_BETAS if args.quick else BETAS)
+    args.runs = [(method, beta) for beta in betas for method in args.methods]
+    if not args.betas and not args.quick:
+        args.runs += [(method, STRONG) for method in args.methods if method in STRONGLY]
     args.seeds = args.seeds or ([0] if args.quick else list(range(SEEDS)))
     return args
 
