@@ -1,29 +1,34 @@
 """Methods compared on a real model and real preferences: SmolLM2-135M on the HH harmless sample, with seeds.
 
-    bash run.sh compare            the whole plan, many hours; stopped, the same command goes on
-    bash run.sh compare --small    the same methods and seeds in fp32, 20 steps, one rate: about 4 hours on 2 cores
+    bash run.sh compare            the whole plan: short dialogues, fp32, 20 steps; hours, on two cores too
+    bash run.sh compare --jobs 2   two runs at a time, with OMP_NUM_THREADS=1 a core each
+    bash run.sh compare --large    any dialogue, cut at 256 tokens, 100 steps: for a GPU, which --jobs 12 share
     bash run.sh compare --quick    three methods, one seed, a few steps: that it runs, nothing else
     python examples/compare.py --methods dpo tdpo2 --seeds 0 1 --model DIR
-    python examples/compare.py --jobs 12     that many runs at a time share a GPU; OMP_NUM_THREADS=1
+
+Stopped, the same command goes on.
 
 In this order, each piece skipped where its row is in --results:
 
     1. the training rows are split by what a dialogue begins with into train and dev; SFT on the chosen
-       answers of train
+       answers of train. Of train, dev and test only dialogues of at most so many characters, whole
     2. each method at beta 0.1, the first seed, half of the steps, at three learning rates: the rate is the
-       one with the best accuracy on dev, of equals the smallest. Dev has about 240 pairs, so two rates less
-       than 0.04 apart are not told apart, and drifts of methods at different rates are drifts of rates
+       one with the least -log sigma(0.1 margin) on dev, a proper score of the preferences, the same for all
+       methods, that needs fewer pairs than an accuracy does to tell two rates apart. Drifts of methods at
+       different rates are drifts of rates
     3. each method at its rate, beta 0.1: five seeds of dpo, tdpo1, tdpo2 and ra_dpo1_cvar_0.97, three of
        the rest
     4. dpo, tdpo2 and ra_dpo1_cvar_0.97 at other betas, with one seed, for a frontier
 
 All from the same SFT model with the same number of steps and pairs a step, 10 % of them warm-up. The
-reference's hidden states are computed once and kept (--cache-reference). What each training logged is kept
-beside --results, for plot.py. Whatever a model was trained with, it is measured alike, in fp32, on the test
-rows: reward = log pi(y) - log pi_ref(y), so that accuracies compare; KL(reference || policy) and its CVaR at 5 % in nats, summed over the answer. The standard error of
-an accuracy of 360 pairs is 0.026, that of a difference between two models on the same pairs is smaller. A
-seed is an order of the data; the model and the rows do not change, so the spread over seeds is not that
-over samples of preferences.
+reference's hidden states are computed once and kept (--cache-reference, --cache-hidden: every method logs
+its drift). What each training logged is kept beside --results, for plot.py: within the first epoch a step's
+batch was not seen before, so that these are held-out too. Whatever a model was trained with, it is measured
+alike, in fp32, on the test rows: reward = log pi(y) - log pi_ref(y), so that accuracies compare;
+KL(reference || policy) and its CVaR at 5 % in nats, summed over the answer. The standard error of an accuracy
+of 120 pairs is 0.045, of 360 0.026, that of a difference between two models on the same pairs is smaller. A
+seed is an order of the data; the model and the rows do not change, so the spread over seeds is not that over
+samples of preferences.
 """
 
 import argparse
@@ -65,28 +70,36 @@ MAIN = ("dpo", "tdpo1", "tdpo2", "ra_dpo1_cvar_0.97")
 SWEPT = ("dpo", "tdpo2", "ra_dpo1_cvar_0.97")
 BETA = 0.1
 OTHER_BETAS = (0.03, 0.3, 1.0)
-RATES = (5e-6, 1e-5, 2e-5)
 DEV = 8  # one prompt of so many
 PAIRS = 8  # of a step
 LENGTHS = "--max-length 256 --max-prompt-length 128"
 TRAINED = f"{LENGTHS} --activation-checkpointing none --tokens-per-microbatch 4096"
+ALIGNED = f"{TRAINED} --cache-hidden true"
 WHOLE = {  # what a plan is where no flag says it
-    "methods": tuple(METHODS), "seeds": (0, 1, 2, 3, 4), "betas": OTHER_BETAS, "rates": RATES, "steps": 100,
-    "sft_steps": 200, "rows": None, "eval_pairs": 360,
+    "methods": tuple(METHODS), "seeds": (0, 1, 2, 3, 4), "betas": OTHER_BETAS, "rates": (1e-5, 2e-5, 4e-5),
+    "steps": 20, "sft_steps": 40, "rows": None, "characters": 400, "eval_pairs": 120, "dtype": "float32",
 }  # fmt: skip
-SMALL = WHOLE | {"rows": 480, "sft_steps": 40, "steps": 20, "eval_pairs": 120, "rates": (2e-5,)}
-QUICK = WHOLE | {"methods": SWEPT, "seeds": (0,), "betas": (), "rates": (5e-6,), "steps": 20, "sft_steps": 20}
-QUICK |= {"rows": 240, "eval_pairs": 64}
+LARGE = WHOLE | {"rates": (5e-6, 1e-5, 2e-5), "steps": 100, "sft_steps": 200, "characters": None}
+LARGE |= {"eval_pairs": 360, "dtype": precision.usual("auto")}
+QUICK = WHOLE | {"methods": SWEPT, "seeds": (0,), "betas": (), "rates": (2e-5,), "sft_steps": 20}
+QUICK |= {"eval_pairs": 64}
 LABELS = ("loss", "risk", "confidence_level", "risk_aversion", "beta", "lr", "seed", "steps")  # of a curve
-MEASURE = "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1 --steps 0 --dtype float32"
-LOGGED = {  # of align.py -> of a row
-    "rewards/accuracies": "accuracy",
-    "rewards/margins": "margin",
-    "kl/chosen": "kl_chosen",
-    "kl/rejected": "kl_rejected",
-    "risk/chosen": "cvar_chosen",
-    "risk/rejected": "cvar_rejected",
+MEASURES = {  # on which rows -> flags that measure, what they log -> of a row
+    "dev": (f"--loss dpo --beta {BETA}", {"loss": "nll", "rewards/accuracies": "accuracy"}),
+    "test": (
+        "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1",
+        {
+            "rewards/accuracies": "accuracy",
+            "rewards/margins": "margin",
+            "kl/chosen": "kl_chosen",
+            "kl/rejected": "kl_rejected",
+            "risk/chosen": "cvar_chosen",
+            "risk/rejected": "cvar_rejected",
+        },
+    ),
 }
+MEASURED = f"{LENGTHS} --steps 0 --dtype float32"
+CURVES = ("split", "step", "loss", *MEASURES["test"][1], "grad_norm")  # kept of what a training logs
 COLUMNS = {
     "accuracy": ("held-out accuracy", ".3f"),
     "margin": ("margin, nats", ".3f"),
@@ -103,17 +116,23 @@ BASES = ("dpo", "tdpo1")  # that the others are compared with
 PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin", "cvar_rejected")]  # of the frontier
 
 
-def split(source: Path, out: Path, rows: int | None) -> None:
-    """train.jsonl and dev.jsonl of the first so many training rows: dialogues that begin alike, of which one
-    may go on where another ends, are in one of them."""
+def split(out: Path, rows: int | None, characters: int | None) -> None:
+    """test.jsonl, and train.jsonl and dev.jsonl of the first so many training rows, with dialogues of at most
+    so many characters: those that begin alike, of which one may go on where another ends, are in one part."""
     if (out / "train.jsonl").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, list[str]] = {"dev": [], "train": []}  # train is written last
-    for line in source.read_text(encoding="utf-8").splitlines()[:rows]:
-        begins = json.dumps(json.loads(line)["prompt"][0])
-        held = int(hashlib.sha256(begins.encode()).hexdigest(), 16) % DEV == 0
-        parts["dev" if held else "train"].append(line + "\n")
+    parts: dict[str, list[str]] = {"test": [], "dev": [], "train": []}  # train is written last
+    for name, limit in (("test", None), ("train", rows)):
+        source = ROOT / "examples" / f"hh_{name}.jsonl"
+        for line in source.read_text(encoding="utf-8").splitlines()[:limit]:
+            row = json.loads(line)
+            begins = json.dumps(row["prompt"][0])
+            held = name == "train" and int(hashlib.sha256(begins.encode()).hexdigest(), 16) % DEV == 0
+            answers = [len(row[answer]) for answer in ("chosen", "rejected")]
+            size = sum(len(turn["content"]) for turn in row["prompt"]) + max(answers)
+            if characters is None or size <= characters:
+                parts["dev" if held else name].append(line + "\n")
     for name, lines in parts.items():
         beside = out / f".{name}.tmp"
         beside.write_text("".join(lines), encoding="utf-8")
@@ -137,9 +156,8 @@ def script(main: Callable, command: str, out: Path, **paths: Path) -> dict[str, 
 
 def settings(args: argparse.Namespace, steps: int, judged: str) -> dict[str, Any]:
     """What rows must have in common to be compared."""
-    shared = {"model": args.model.name, "rows": args.rows, "sft_steps": args.sft_steps}
-    shared["dtype"] = args.dtype  # of training
-    shared["split"] = "by opening"  # earlier rows, which say nothing of it, were split by whole prompts
+    shared = {"model": args.model.name, "rows": args.rows, "characters": args.characters}
+    shared |= {"sft_steps": args.sft_steps, "dtype": args.dtype}  # of training
     return shared | {"steps": steps, "judged": judged, "eval_pairs": args.eval_pairs}
 
 
@@ -151,33 +169,37 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
         return
     began, out = time.perf_counter(), args.out / f"{method}-{beta:g}-{rate:g}-{seed}-{steps}"
     start, cache = args.out / "sft" / "final", args.out / "reference"
-    rows = {"dev": args.out / "dev.jsonl", "test": ROOT / "examples" / "hh_test.jsonl"}
     batch = PAIRS * (2 if method == "kto" else 1)  # it counts responses
     how = f"{METHODS[method]} --beta {beta:g} --lr {rate:g} --steps {steps}"
     how += f" --warmup-steps {max(1, steps // 10)} --batch-size {batch}"
     saved = 50 if args.jobs == 1 else 0  # runs at a time are short ones, and would fill a disk
-    how += f" --seed {seed} {TRAINED} --save-every {saved} --log-every {max(1, steps // 20)}"
+    how += f" --seed {seed} {ALIGNED} --save-every {saved} --log-every {max(1, steps // 20)}"
     how += f" --dtype {args.dtype}"
     script(align.main, how, out / "run", model=start, data=args.out / "train.jsonl", cache_reference=cache)
     paths = {"model": out / "run" / "final", "reference": start, "cache_reference": cache}
-    paths |= {"data": args.out / "dev.jsonl", "eval_data": rows[judged]}
-    how = f"{MEASURE} {LENGTHS} --eval-examples {args.eval_pairs}"
+    paths |= {"data": args.out / "dev.jsonl", "eval_data": args.out / f"{judged}.jsonl"}
+    flags, logged = MEASURES[judged]
+    how = f"{flags} {MEASURED} --eval-examples {args.eval_pairs}"
     found = script(align.main, how, out / "measured", **paths)
     row = {"method": method, "beta": beta, "seed": seed} | told
-    row |= {name: found[key] for key, name in LOGGED.items()} | {"seconds": time.perf_counter() - began}
+    row |= {name: found[key] for key, name in logged.items()} | {"seconds": time.perf_counter() - began}
     if judged == "test" and key[1:] == (BETA, args.seeds[0]):
-        kl = drift.drifts([str(paths["model"])], str(start), str(rows[judged]), args.eval_pairs, 256)
+        test = str(paths["eval_data"])
+        kl = drift.drifts([str(paths["model"])], str(start), test, args.eval_pairs, 256)
         row["drift"] = drift.summary(next(kl))
     if judged == "test":  # before the row, with which the run counts as done
         kept = args.results.with_suffix("") / out.name
         kept.mkdir(parents=True, exist_ok=True)
-        shutil.copy(out / "run" / "metrics.jsonl", kept)
+        lines = (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        curve = [{key: step[key] for key in CURVES if key in step} for step in map(json.loads, lines)]
+        text = "".join(json.dumps(frontier.rounded(step)) + "\n" for step in curve)
+        (kept / "metrics.jsonl").write_text(text, encoding="utf-8")
         flags = json.loads((out / "run" / "args.json").read_text(encoding="utf-8"))
         told = json.dumps({name: flags[name] for name in LABELS if flags.get(name) is not None})
         (kept / "args.json").write_text(told + "\n", encoding="utf-8")
     frontier.add(args.results, row | frontier.where())
     shutil.rmtree(out)
-    said = "  ".join(f"{name} {row[name]:.3f}" for name in ("accuracy", "kl_chosen", "kl_rejected"))
+    said = "  ".join(f"{name} {row[name]:.3f}" for name in logged.values())
     said += f"  {row['seconds']:.0f} s"
     config.tell(f"{method}  beta {beta:g}  lr {rate:g}  seed {seed}  {judged}:  {said}")
 
@@ -185,10 +207,10 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
 def fill(args: argparse.Namespace) -> None:
     """The reference's values of all rows, before several runs at a time read them."""
     train, dev = ({"data": args.out / f"{name}.jsonl"} for name in ("train", "dev"))
-    hows = [f"{METHODS[name]} {TRAINED}" for name in {"dpo", "kto", "tdpo2"} & set(args.methods)]
+    hows = [f"{METHODS[name]} {ALIGNED}" for name in {"dpo", "kto", "tdpo2"} & set(args.methods)]
     wanted = [(how, train) for how in hows]
-    for judged in (dev["data"], ROOT / "examples" / "hh_test.jsonl"):
-        wanted.append((f"{MEASURE} {LENGTHS}", dev | {"eval_data": judged}))
+    for judged, (flags, _) in MEASURES.items():
+        wanted.append((f"{flags} {MEASURED}", dev | {"eval_data": args.out / f"{judged}.jsonl"}))
     always = {"model": args.out / "sft" / "final", "out": args.out / "filled"}
     always["cache_reference"] = args.out / "reference"
     for how, paths in wanted:
@@ -222,8 +244,8 @@ def chosen_rates(args: argparse.Namespace) -> dict[str, float]:
     wanted = [((method, BETA, first), rate) for method in args.methods for rate in rates]
     runs(wanted, steps, "dev", args)
     found = {rate: frontier.read(args.results, settings(args, steps, "dev") | {"lr": rate}) for rate in rates}
-    accuracies = {m: {rate: found[rate][m, BETA, first]["accuracy"] for rate in rates} for m in args.methods}
-    return {method: max(best, key=best.get) for method, best in accuracies.items()}
+    scores = {m: {rate: found[rate][m, BETA, first]["nll"] for rate in rates} for m in args.methods}
+    return {method: min(score, key=score.get) for method, score in scores.items()}
 
 
 def plan(args: argparse.Namespace) -> Iterable[tuple[str, float, int]]:
@@ -251,29 +273,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: off
     which = made.add_mutually_exclusive_group().add_argument
     which("--quick", action="store_true", help="three methods, one seed, one rate, one beta, few steps")
-    which("--small", action="store_true", help="for two cores: fp32, fewer steps and rows, one rate")
+    which("--large", action="store_true", help="for a GPU: dialogues of any length, more steps")
     add("--methods", nargs="+", choices=METHODS, default=None, help="None: all, or three with --quick")
     add("--seeds", nargs="+", type=config.count_or_zero, default=None, help="None: 0 to 4")
     add("--betas", nargs="*", type=config.positive, default=None, help=f"None: {OTHER_BETAS}")
-    add("--rates", nargs="+", type=config.positive, default=None, help=f"to choose from; None: {RATES}")
-    add("--steps", type=config.count, default=None, help=f"of {PAIRS} pairs; None: 100, or 20 with --quick")
-    add("--sft-steps", type=config.count, default=None, help="None: 200, or 20 with --quick")
-    add("--rows", type=config.count, default=None, help="of training; None: all, or 240 with --quick")
-    add("--eval-pairs", type=config.count, default=None, help="measured; None: 360, or 64 with --quick")
+    add("--rates", nargs="+", type=config.positive, default=None, help="to choose from; None: 1e-5 to 4e-5")
+    add("--steps", type=config.count, default=None, help=f"of {PAIRS} pairs; None: 20, large 100")
+    add("--sft-steps", type=config.count, default=None, help="None: 40, large 200, quick 20")
+    add("--rows", type=config.count, default=None, help="of training; None: all")
+    add("--characters", type=config.count, default=None, help="of a dialogue; None: 400, large any")
+    add("--eval-pairs", type=config.count, default=None, help="measured; None: 120, large 360, quick 64")
     add("--jobs", type=config.count, default=1, help="runs at a time, on one device")
     add("--model", type=Path, default=ROOT / "models" / "smollm2", help="examples/get_smollm2.py makes it")
-    add("--out", type=Path, default=None, help="models, caches; None: runs/compare, or compare_quick")
-    add("--results", type=Path, default=None, help="rows; None: bench/results/compare.jsonl, or in --out")
+    add("--out", type=Path, default=None, help="models, caches; None: runs/compare")
+    add("--results", type=Path, default=None, help="None: bench/results/compare.jsonl, compare_large")
     # fmt: on
     args = made.parse_args(argv)
-    for name, value in (QUICK if args.quick else SMALL if args.small else WHOLE).items():
-        if getattr(args, name) is None:
+    for name, value in (QUICK if args.quick else LARGE if args.large else WHOLE).items():
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.dtype = "float32" if args.small else precision.usual("auto")
-    args.out = args.out or ROOT / "runs" / ("compare_quick" if args.quick else "compare")
-    args.out /= f"{args.model.name}-{args.rows or 'all'}-{args.sft_steps}"  # what it holds depends on these
+    args.out = args.out or ROOT / "runs" / "compare"
+    holds = (args.model.name, args.rows or "all", args.characters or "any", args.sft_steps, args.dtype)
+    args.out /= "-".join(map(str, holds))
     kept = args.out if args.quick else ROOT / "bench" / "results"
-    args.results = args.results or kept / ("compare_small.jsonl" if args.small else "compare.jsonl")
+    args.results = args.results or kept / ("compare_large.jsonl" if args.large else "compare.jsonl")
     return args
 
 
@@ -281,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with config.user_errors():
         args.results.parent.mkdir(parents=True, exist_ok=True)
-        split(ROOT / "examples" / "hh_train.jsonl", args.out, args.rows)
+        split(args.out, args.rows, args.characters)
         how = f"--steps {args.sft_steps} --batch-size {PAIRS} --lr 1e-5 --warmup-steps 20 {TRAINED}"
         how += f" --dtype {args.dtype}"
         if not (args.out / "sft" / "final").is_dir():

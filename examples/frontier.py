@@ -62,14 +62,14 @@ LINES = {  # Okabe and Ito, by family; the line says which of it
 
 def add(path: Path, row: Row) -> None:
     """A line at the end of the results, on the disk before the next run."""
-    rounded = _rounded(row)
+    line = json.dumps(rounded(row))
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(rounded) + "\n")
+        file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
     """Six digits of a number; the learning rate and beta, by which runs are told apart, as they are."""
     apart = ("lr", "beta")
     return {k: float(f"{v:.6g}") if isinstance(v, float) and k not in apart else v for k, v in row.items()}

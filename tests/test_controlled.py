@@ -188,7 +188,7 @@ def test_the_tail_of_a_drift():
 
 
 def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
-    """red: dev rows trained on; a row that is there run again; the measure of another rate taken; rates rounded
+    """red: dev rows trained on; dialogues of any length; a row that is there run again; the measure of another rate taken; rates rounded
     to five decimals."""
     start = tmp_path / "start"
     shutil.copytree(ROOT / "examples" / "tiny", start)
@@ -196,13 +196,14 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     settings = AutoConfig.from_pretrained(start, **small)
     AutoModelForCausalLM.from_config(settings).save_pretrained(start)
     command = "--methods dpo --seeds 0 --betas --rates 2.1234567e-4 1e-2 --steps 2 --sft-steps 1 "
-    command += "--rows 24 --eval-pairs 8 "
+    command += "--rows 60 --characters 900 --eval-pairs 8 "
     command += f"--model {start} --out {tmp_path / 'out'} --results {tmp_path / 'c.jsonl'}"
     compare.main(command.split())
     said = capsys.readouterr().out.splitlines()
     rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["judged"], row["steps"]) for row in rows] == [("dev", 1), ("dev", 1), ("test", 2)]
-    best = max(rows[:2], key=lambda row: (row["accuracy"], -row["lr"]))
+    best = min(rows[:2], key=lambda row: (row["nll"], row["lr"]))
+    assert rows[0]["nll"] != rows[1]["nll"] and 0 < best["nll"] < 1
     assert rows[2]["lr"] == best["lr"] and rows[2]["kl_chosen"] > 0
     assert rows[2]["cvar_chosen"] > rows[2]["kl_chosen"]
     found = rows[2]["drift"]
@@ -212,11 +213,18 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     assert found["mean"] * found["tokens"] == pytest.approx(of_answers, rel=1e-2)
     for name in ("c.png", "c.svg", "c_drift.png", "c_drift.svg"):
         assert (tmp_path / name).stat().st_size > 5000
-    parts = [(tmp_path / "out" / "start-24-1" / name).read_text("utf-8") for name in ("train.jsonl", "dev.jsonl")]
-    train, dev = ({json.loads(line)["prompt"][0]["content"] for line in part.splitlines()} for part in parts)
-    assert train and dev and not train & dev
+    parts = [next(tmp_path.glob(f"out/*/{name}.jsonl")).read_text("utf-8") for name in ("train", "dev", "test")]
+    parts = [[json.loads(line) for line in part.splitlines()] for part in parts]
+    train, dev, test = ({row["prompt"][0]["content"] for row in part} for part in parts)
+    assert train and dev and test and not train & dev and not (train | dev) & test
+    sizes = [
+        sum(len(turn["content"]) for turn in row["prompt"]) + max(len(row["chosen"]), len(row["rejected"]))
+        for row in sum(parts, [])
+    ]
+    assert 700 < max(sizes) <= 900
     kept = tmp_path / "c" / f"dpo-0.1-{best['lr']:g}-0-2"  # for plot.py
-    assert [json.loads(line)["step"] for line in (kept / "metrics.jsonl").read_text("utf-8").splitlines()] == [0, 1]
+    curve = [json.loads(line) for line in (kept / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [step["step"] for step in curve] == [0, 1] and curve[1]["kl/chosen"] > 0  # of dpo too
     assert json.loads((kept / "args.json").read_text("utf-8")).keys() == {"loss", "beta", "lr", "seed", "steps"}
     assert rows[2]["torch"] == torch.__version__ and "commit" in rows[2]
     compare.main(command.split())
