@@ -1,6 +1,6 @@
 """One figure, one page and one table from the metrics.jsonl of one or many runs.
 
-    python plot.py runs/dpo runs/ra_dpo1 --out comparison.png
+    python plot.py runs/dpo runs/ra_dpo1 --out comparison.png --out comparison.svg
     python plot.py runs/dpo --html dpo.html --live 10
 
 The page needs nothing but a browser and loads itself again as long as --live writes it again: every so many
@@ -414,9 +414,9 @@ def look(args: argparse.Namespace) -> bool:
             beside.write_text(page(runs, args.live if running else None), encoding="utf-8")
             beside.replace(args.html)
             tell(f"wrote {args.html}")
-        if args.out:
-            draw(runs, args.out)
-            tell(f"wrote {args.out}")
+        for out in args.out:
+            draw(runs, out)
+            tell(f"wrote {out}")
     except OSError as error:
         fail(f"{error.filename2 or error.filename}: {error.strerror}")
     return running
@@ -442,12 +442,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("runs", nargs="+", type=_path, help="run directories")
-    parser.add_argument("--out", type=_path, default=None, help="PNG or SVG; comparison.png without --html")
+    parser.add_argument("--out", type=_path, action="append", help="PNG, SVG, repeatable; or comparison.png")
     parser.add_argument("--html", type=_path, default=None, help="the page to write")
     parser.add_argument("--live", type=_seconds, default=None, help="again every so many seconds")
     args = parser.parse_args(argv)
-    args.out = args.out or (None if args.html else Path("comparison.png"))
-    for path in filter(None, (args.out, args.html)):
+    args.out = args.out or ([] if args.html else [Path("comparison.png")])
+    for path in filter(None, [*args.out, args.html]):
         if path.is_dir() or not path.parent.is_dir():
             fail(f"{path}: not a file in a folder that is there")
     sys.stdout.reconfigure(errors="backslashreplace")

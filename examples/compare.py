@@ -50,6 +50,7 @@ import align  # noqa: E402
 import config  # noqa: E402
 import drift  # noqa: E402
 import frontier  # noqa: E402
+import plot  # noqa: E402
 import precision  # noqa: E402
 import sft  # noqa: E402
 
@@ -68,6 +69,7 @@ METHODS = {
 }
 MAIN = ("dpo", "tdpo1", "tdpo2", "ra_dpo1_cvar_0.97")
 SWEPT = ("dpo", "tdpo2", "ra_dpo1_cvar_0.97")
+DRAWN = ("kto", *MAIN, "ra_dpo1_cvar_0.5", "ra_dpo1_cvar_0.1", "ra_dpo2_cvar_0.97")  # over training
 BETA = 0.1
 OTHER_BETAS = (0.03, 0.3, 1.0)
 DEV = 8  # one prompt of so many
@@ -84,19 +86,11 @@ LARGE |= {"eval_pairs": 360, "dtype": precision.usual("auto")}
 QUICK = WHOLE | {"methods": SWEPT, "seeds": (0,), "betas": (), "rates": (2e-5,), "sft_steps": 20}
 QUICK |= {"eval_pairs": 64}
 LABELS = ("loss", "risk", "confidence_level", "risk_aversion", "beta", "lr", "seed", "steps")  # of a curve
+DRIFT = {"rewards/accuracies": "accuracy", "kl/chosen": "kl_chosen", "kl/rejected": "kl_rejected"}
+TAIL = {"rewards/margins": "margin", "risk/chosen": "cvar_chosen", "risk/rejected": "cvar_rejected"}
 MEASURES = {  # on which rows -> flags that measure, what they log -> of a row
-    "dev": (f"--loss dpo --beta {BETA}", {"loss": "nll", "rewards/accuracies": "accuracy"}),
-    "test": (
-        "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1",
-        {
-            "rewards/accuracies": "accuracy",
-            "rewards/margins": "margin",
-            "kl/chosen": "kl_chosen",
-            "kl/rejected": "kl_rejected",
-            "risk/chosen": "cvar_chosen",
-            "risk/rejected": "cvar_rejected",
-        },
-    ),
+    "dev": (f"--loss dpo --beta {BETA} --cache-hidden true", {"loss": "nll"} | DRIFT),
+    "test": ("--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1", DRIFT | TAIL),
 }
 MEASURED = f"{LENGTHS} --steps 0 --dtype float32"
 CURVES = ("split", "step", "loss", *MEASURES["test"][1], "grad_norm")  # kept of what a training logs
@@ -161,13 +155,19 @@ def settings(args: argparse.Namespace, steps: int, judged: str) -> dict[str, Any
     return shared | {"steps": steps, "judged": judged, "eval_pairs": args.eval_pairs}
 
 
+def named_for(key: tuple[str, float, int], rate: float, steps: int) -> str:
+    """The folder of a run."""
+    method, beta, seed = key
+    return f"{method}-{beta:g}-{rate:g}-{seed}-{steps}"
+
+
 def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args: argparse.Namespace) -> None:
     """One alignment run and its measure on the rows `judged`, as a row of results; its model is deleted."""
     method, beta, seed = key
     told = settings(args, steps, judged) | {"lr": rate}
     if key in frontier.read(args.results, told):
         return
-    began, out = time.perf_counter(), args.out / f"{method}-{beta:g}-{rate:g}-{seed}-{steps}"
+    began, out = time.perf_counter(), args.out / named_for(key, rate, steps)
     start, cache = args.out / "sft" / "final", args.out / "reference"
     batch = PAIRS * (2 if method == "kto" else 1)  # it counts responses
     how = f"{METHODS[method]} --beta {beta:g} --lr {rate:g} --steps {steps}"
@@ -199,7 +199,7 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
         (kept / "args.json").write_text(told + "\n", encoding="utf-8")
     frontier.add(args.results, row | frontier.where())
     shutil.rmtree(out)
-    said = "  ".join(f"{name} {row[name]:.3f}" for name in logged.values())
+    said = "  ".join(f"{name} {row[name]:.3f}" for name in logged.values() if "cvar" not in name)
     said += f"  {row['seconds']:.0f} s"
     config.tell(f"{method}  beta {beta:g}  lr {rate:g}  seed {seed}  {judged}:  {said}")
 
@@ -266,6 +266,18 @@ def tables(rows: Sequence[frontier.Row]) -> str:
     return "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared]))
 
 
+def curves(rows: Sequence[frontier.Row], results: Path) -> None:
+    """What training logged at BETA, mean and band over seeds: PNG and SVG."""
+    runs = {}
+    for row in sorted(rows, key=lambda row: list(METHODS).index(row["method"])):
+        if row["method"] in DRAWN and row["beta"] == BETA:
+            key = row["method"], BETA, row["seed"]
+            folder = results.with_suffix("") / named_for(key, row["lr"], row["steps"])
+            runs[f"{row['method']}-{row['seed']}"] = plot.read(folder)
+    for form in ("png", "svg"):
+        plot.draw(runs, results.with_name(f"{results.stem}_curves.{form}"))
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     made.error = lambda message: config.fail(message)
@@ -320,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)
     frontier.figure(rows, args.results, PANELS, ("kl_chosen", "sequential KL, chosen answers, nats"))
+    curves(rows, args.results)
     tails = {row["method"]: row["drift"] for row in rows if "drift" in row}
     drift.figure(tails, args.results.with_name(f"{args.results.stem}_drift.png"))
 

@@ -203,7 +203,7 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["judged"], row["steps"]) for row in rows] == [("dev", 1), ("dev", 1), ("test", 2)]
     best = min(rows[:2], key=lambda row: (row["nll"], row["lr"]))
-    assert rows[0]["nll"] != rows[1]["nll"] and 0 < best["nll"] < 1
+    assert rows[0]["nll"] != rows[1]["nll"] and 0 < best["nll"] < 1 and best["kl_chosen"] > 0
     assert rows[2]["lr"] == best["lr"] and rows[2]["kl_chosen"] > 0
     assert rows[2]["cvar_chosen"] > rows[2]["kl_chosen"]
     found = rows[2]["drift"]
@@ -211,7 +211,7 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     assert found["quantiles"] == sorted(found["quantiles"]) and len(found["quantiles"]) == len(drift.SHARES)
     of_answers = 8 * (rows[2]["kl_chosen"] + rows[2]["kl_rejected"])  # of the same 8 pairs
     assert found["mean"] * found["tokens"] == pytest.approx(of_answers, rel=1e-2)
-    for name in ("c.png", "c.svg", "c_drift.png", "c_drift.svg"):
+    for name in ("c.png", "c.svg", "c_drift.png", "c_drift.svg", "c_curves.png", "c_curves.svg"):
         assert (tmp_path / name).stat().st_size > 5000
     parts = [next(tmp_path.glob(f"out/*/{name}.jsonl")).read_text("utf-8") for name in ("train", "dev", "test")]
     parts = [[json.loads(line) for line in part.splitlines()] for part in parts]
