@@ -13,9 +13,9 @@ In this order, each piece skipped where its row is in --results:
     1. the training rows are split by what a dialogue begins with into train and dev; SFT on the chosen
        answers of train. Of train, dev and test only dialogues of at most so many characters, whole
     2. each method at beta 0.1, the first seed, half of the steps, at three learning rates: the rate is the
-       one with the least -log sigma(0.1 margin) on dev, a proper score of the preferences, the same for all
-       methods, that needs fewer pairs than an accuracy does to tell two rates apart. Drifts of methods at
-       different rates are drifts of rates
+       one with the least -log sigma(0.1 margin) on dev, dpo's own loss: a proper score of the preferences, the
+       same for all methods, that needs fewer pairs than an accuracy does to tell two rates apart. Drifts of
+       methods at different rates are drifts of rates; dev has them all at the same ones
     3. each method at its rate, beta 0.1: five seeds of dpo, tdpo1, tdpo2 and ra_dpo1_cvar_0.97, three of
        the rest
     4. dpo, tdpo2 and ra_dpo1_cvar_0.97 at other betas, with one seed, for a frontier
@@ -86,14 +86,15 @@ LARGE |= {"eval_pairs": 360, "dtype": precision.usual("auto")}
 QUICK = WHOLE | {"methods": SWEPT, "seeds": (0,), "betas": (), "rates": (2e-5,), "sft_steps": 20}
 QUICK |= {"eval_pairs": 64}
 LABELS = ("loss", "risk", "confidence_level", "risk_aversion", "beta", "lr", "seed", "steps")  # of a curve
-DRIFT = {"rewards/accuracies": "accuracy", "kl/chosen": "kl_chosen", "kl/rejected": "kl_rejected"}
-TAIL = {"rewards/margins": "margin", "risk/chosen": "cvar_chosen", "risk/rejected": "cvar_rejected"}
-MEASURES = {  # on which rows -> flags that measure, what they log -> of a row
-    "dev": (f"--loss dpo --beta {BETA} --cache-hidden true", {"loss": "nll"} | DRIFT),
-    "test": ("--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1", DRIFT | TAIL),
+DRIFT = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}  # the latter over beta: in nats
+DRIFT |= {"kl/chosen": "kl_chosen", "kl/rejected": "kl_rejected"}
+TAIL = {"risk/chosen": "cvar_chosen", "risk/rejected": "cvar_rejected"}
+MEASURES = {  # on which rows -> flags that measure, their beta, what they log -> of a row
+    "dev": ("--loss dpo --cache-hidden true", BETA, {"loss": "nll"} | DRIFT),
+    "test": ("--loss ra_dpo2 --risk cvar --confidence-level 0.05", 1.0, DRIFT | TAIL),
 }
 MEASURED = f"{LENGTHS} --steps 0 --dtype float32"
-CURVES = ("split", "step", "loss", *MEASURES["test"][1], "grad_norm")  # kept of what a training logs
+CURVES = ("split", "step", "loss", *DRIFT, *TAIL, "grad_norm")  # kept of what a training logs
 COLUMNS = {
     "accuracy": ("held-out accuracy", ".3f"),
     "margin": ("margin, nats", ".3f"),
@@ -178,11 +179,12 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     script(align.main, how, out / "run", model=start, data=args.out / "train.jsonl", cache_reference=cache)
     paths = {"model": out / "run" / "final", "reference": start, "cache_reference": cache}
     paths |= {"data": args.out / "dev.jsonl", "eval_data": args.out / f"{judged}.jsonl"}
-    flags, logged = MEASURES[judged]
-    how = f"{flags} {MEASURED} --eval-examples {args.eval_pairs}"
+    flags, scale, logged = MEASURES[judged]
+    how = f"{flags} --beta {scale} {MEASURED} --eval-examples {args.eval_pairs}"
     found = script(align.main, how, out / "measured", **paths)
     row = {"method": method, "beta": beta, "seed": seed} | told
     row |= {name: found[key] for key, name in logged.items()} | {"seconds": time.perf_counter() - began}
+    row["margin"] /= scale
     if judged == "test" and key[1:] == (BETA, args.seeds[0]):
         test = str(paths["eval_data"])
         kl = drift.drifts([str(paths["model"])], str(start), test, args.eval_pairs, 256)
@@ -209,8 +211,8 @@ def fill(args: argparse.Namespace) -> None:
     train, dev = ({"data": args.out / f"{name}.jsonl"} for name in ("train", "dev"))
     hows = [f"{METHODS[name]} {ALIGNED}" for name in {"dpo", "kto", "tdpo2"} & set(args.methods)]
     wanted = [(how, train) for how in hows]
-    for judged, (flags, _) in MEASURES.items():
-        wanted.append((f"{flags} {MEASURED}", dev | {"eval_data": args.out / f"{judged}.jsonl"}))
+    for judged, (flags, scale, _) in MEASURES.items():
+        wanted.append((f"{flags} --beta {scale} {MEASURED}", dev | {"eval_data": args.out / f"{judged}.jsonl"}))
     always = {"model": args.out / "sft" / "final", "out": args.out / "filled"}
     always["cache_reference"] = args.out / "reference"
     for how, paths in wanted:
@@ -236,7 +238,7 @@ def runs(
 
 
 def chosen_rates(args: argparse.Namespace) -> dict[str, float]:
-    """Of each method the learning rate with the best accuracy on dev, of equals the smallest."""
+    """Of each method the learning rate with the least nll on dev, of equals the smallest."""
     if len(args.rates) == 1:
         return dict.fromkeys(args.methods, args.rates[0])
     steps, rates = max(1, args.steps // 2), sorted(args.rates)
