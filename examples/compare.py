@@ -13,7 +13,7 @@ In this order, each piece skipped where its row is in --results:
     1. the training rows are split by what a dialogue begins with into train and dev; SFT on the chosen
        answers of train. Of train, dev and test only dialogues of at most so many characters, whole
     2. each method at beta 0.1, the first seed, half of the steps, at three learning rates: the rate is the
-       one with the least -log sigma(0.1 margin) on dev, dpo's own loss: a proper score of the preferences, the
+       one with the least -log sigma(0.1 margin) on dev, dpo's own loss: a proper score of preferences, the
        same for all methods, that needs fewer pairs than an accuracy does to tell two rates apart. Drifts of
        methods at different rates are drifts of rates; dev has them all at the same ones
     3. each method at its rate, beta 0.1: five seeds of dpo, tdpo1, tdpo2 and ra_dpo1_cvar_0.97, three of
@@ -100,15 +100,22 @@ COLUMNS = {
     "margin": ("margin, nats", ".3f"),
     "kl_chosen": ("KL chosen", ".3f"),
     "kl_rejected": ("KL rejected", ".3f"),
-    "cvar_chosen": ("CVaR 5 % chosen", ".2f"),
-    "cvar_rejected": ("CVaR 5 % rejected", ".2f"),
+    "balance": ("KL chosen / rejected", ".3f"),
+    "gain": ("margin / root KL", ".3f"),
+    "cvar_chosen": ("next-token CVaR 5 % chosen", ".2f"),
+    "cvar_rejected": ("rejected", ".2f"),
     "lr": ("learning rate", ".0e"),
     "seconds": ("seconds a run", ".0f"),
 }
-PAIRED = {key: COLUMNS[key] for key in ("accuracy", "margin", "kl_chosen", "kl_rejected")}
-RATIOS = {"kl_chosen": "KL chosen, times", "kl_rejected": "KL rejected, times"}
+PAIRED = {"accuracy": COLUMNS["accuracy"]}
+RATIOS = {
+    key: f"{COLUMNS[key][0].removesuffix(', nats')}, times"
+    for key in ("kl_chosen", "kl_rejected", "balance", "margin", "gain")
+}
+DRIFTS = (0.1, 0.3)  # nats of chosen answers, of the rows of dev
 BASES = ("dpo", "tdpo1")  # that the others are compared with
 PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin", "cvar_rejected")]  # of the frontier
+DEV_PANELS = [("nll", "-log sigma(0.1 margin), dev"), ("margin", "margin, nats"), ("accuracy", "accuracy")]
 
 
 def split(out: Path, rows: int | None, characters: int | None) -> None:
@@ -262,10 +269,42 @@ def plan(args: argparse.Namespace) -> Iterable[tuple[str, float, int]]:
                 yield method, beta, args.seeds[0]
 
 
-def tables(rows: Sequence[frontier.Row]) -> str:
-    """As Markdown: means over seeds, and differences from BASES seed by seed."""
+def tables(rows: Sequence[frontier.Row], dev: Sequence[frontier.Row] = ()) -> str:
+    """As Markdown: means over seeds, differences from BASES seed by seed, and what rates do on dev.
+
+    balance = KL chosen / KL rejected, which the gradient through a drift moves; gain = margin / root of their
+    mean: a short step has a margin as long as it is and a KL of its square, so a method that is dpo with a
+    shorter step has dpo's gain."""
+    rows = [row | _derived(row) for row in rows]
     compared = [frontier.differences(rows, PAIRED, base, RATIOS) for base in BASES]
-    return "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared]))
+    return "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared, by_rate(dev)]))
+
+
+def _derived(row: frontier.Row) -> frontier.Row:
+    mean = (row["kl_chosen"] + row["kl_rejected"]) / 2
+    return {"balance": row["kl_chosen"] / row["kl_rejected"], "gain": row["margin"] / mean**0.5}
+
+
+def by_rate(dev: Sequence[frontier.Row]) -> str:
+    """As Markdown: of one seed, each method at each learning rate, and its margin at the same drift, by lines
+    over the root of KL."""
+    rates = sorted({row["lr"] for row in dev})
+    keys = {"nll": "-log sigma, at", "kl_chosen": "KL chosen, at"}
+    heads = [f"{head} {rate:g}" for head in keys.values() for rate in rates]
+    heads += [f"margin at KL {drift:g}" for drift in DRIFTS]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for method in METHODS:
+        found = {row["lr"]: row for row in dev if row["method"] == method}
+        if not rates or found.keys() != set(rates):
+            continue
+        cells = [f"{found[rate][key]:.3f}" for key in keys for rate in rates]
+        least = min(rates, key=lambda rate: found[rate]["nll"])
+        cells[rates.index(least)] = f"**{cells[rates.index(least)]}**"
+        for drift in DRIFTS:
+            there = frontier.on_curve(found.values(), method, "margin", drift, "kl_chosen")
+            cells.append("".join(f"{value:.3f}" for value in there.values()))
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def curves(rows: Sequence[frontier.Row], results: Path) -> None:
@@ -330,10 +369,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         told = settings(args, args.steps, "test")
         found = {rate: frontier.read(args.results, told | {"lr": rate}) for rate in set(rates.values())}
         rows = [row for rate in found for row in found[rate].values() if rates.get(row["method"]) == rate]
-        said = tables(rows)
+        judged = settings(args, max(1, args.steps // 2), "dev")
+        dev = [frontier.read(args.results, judged | {"lr": rate}) for rate in args.rates]
+        dev = [row for some in dev for row in some.values()]
+        said = tables(rows, dev)
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)
-    frontier.figure(rows, args.results, PANELS, ("kl_chosen", "sequential KL, chosen answers, nats"))
+    against = ("kl_chosen", "sequential KL, chosen answers, nats")
+    first = [row for row in rows if row["seed"] == args.seeds[0]]  # the one that has all betas
+    frontier.figure(first, args.results, PANELS, against)
+    by_rates = [row | {"beta": row["lr"]} for row in dev]  # lines through rates
+    frontier.figure(by_rates, args.results.with_name(f"{args.results.stem}_rates"), DEV_PANELS, against)
     curves(rows, args.results)
     tails = {row["method"]: row["drift"] for row in rows if "drift" in row}
     drift.figure(tails, args.results.with_name(f"{args.results.stem}_drift.png"))

@@ -39,6 +39,7 @@ MEASURES = {  # key of a row -> heading, format
 TICKS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1, 1.5, 2, 3, 4, 6, 10, 20, 30, 50, 100)  # of a drift's root scale
 DRIFTS = (0.1, 0.3, 0.8)  # nats, at which methods are compared
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, by seeds less 2
+FOUND = (11.57, 3.26, 2.13, 1.68, 1.44, 1.27, 1.16, 1.07, 0.99)  # see differences, by seeds less 2
 PANELS = (("reward", "mean reward"), ("tail", "mean reward of the worst 5 %"), ("ruin", "P(ruin), %"))
 LINES = {  # Okabe and Ito, by family; the line says which of it
     "dpo": ("#000000", "-"),
@@ -152,22 +153,34 @@ def differences(
     """As Markdown: each method less `base` at the same beta, seed by seed, so that what the order of the data
     does to both falls out; mean and 95 % interval over the seeds that both have. Of `ratios`, key -> heading,
     the mean and interval of the logarithms of quotients, as quotients: for what a seed multiplies, as it does
-    a drift. "" if nothing is paired."""
+    a drift; and of the first of them, what four of five experiments with such a spread would tell from 1 (from
+    simulated Student's t). Learning rates are named where they differ. "" if nothing is paired."""
     found = by_method(rows)
-    names = " | ".join([title for title, _ in columns.values()] + list(ratios.values()))
-    lines = [f"| method, less {base} | beta | seeds | {names} |"]
-    lines.append("|---" * (len(columns) + len(ratios) + 3) + "|")
+    heads = [title for title, _ in columns.values()] + list(ratios.values())
+    heads += [f"{heads[len(columns)]}: found if" for _ in [*ratios][:1]]
+    lines = [f"| method, less {base} | beta | seeds | {' | '.join(heads)} |"]
+    lines.append("|---" * (len(heads) + 3) + "|")
     for method in [name for name in found if name not in (base, "reference", "ideal")]:
         for beta, ours in found[method].items():
             theirs = {row["seed"]: row for row in found.get(base, {}).get(beta, [])}
             pairs = [(row, theirs[row["seed"]]) for row in ours if row["seed"] in theirs]
             cells = [with_interval([a[key] - b[key] for a, b in pairs]) for key in columns]
-            for key in ratios:
-                logs = [math.log(a[key] / b[key]) for a, b in pairs if min(a[key], b[key]) > 0]
-                cells.append(with_interval(logs, ".2f", math.exp) if len(logs) == len(pairs) else "")
+            of_all = [[a[key] / b[key] for a, b in pairs if min(a[key], b[key]) > 0] for key in ratios]
+            logs = [list(map(math.log, some)) if len(some) == len(pairs) else [] for some in of_all]
+            cells += [with_interval(some, ".2f", math.exp) if some else "" for some in logs]
+            cells += [_found_if(some) for some in logs[:1]]
+            rates = {(a.get("lr"), b.get("lr")) for a, b in pairs}
+            said = "".join(f" at {ours:g}, {base} at {theirs:g}" for ours, theirs in rates if ours != theirs)
             if pairs:
-                lines.append(f"| {method} | {beta:g} | {len(pairs)} | " + " | ".join(cells) + " |")
+                lines.append(f"| {method}{said} | {beta:g} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _found_if(logs: Sequence[float]) -> str:
+    if len(logs) < 2:
+        return ""
+    least = math.exp(FOUND[min(len(logs), 10) - 2] * stdev(logs))
+    return f"{1 / least:.2f} or {least:.2f}"
 
 
 def at_equal_drift(rows: Iterable[Row]) -> str:
@@ -183,7 +196,7 @@ def at_equal_drift(rows: Iterable[Row]) -> str:
         for drift in DRIFTS:
             cells, number = [], 0
             for key, _ in PANELS:
-                ours, theirs = (_on_curve(rows, name, key, drift) for name in (method, "dpo"))
+                ours, theirs = (on_curve(rows, name, key, drift) for name in (method, "dpo"))
                 found = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
                 number = len(found)
                 cells.append(with_interval(found))
@@ -192,12 +205,14 @@ def at_equal_drift(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def _on_curve(rows: Iterable[Row], method: str, key: str, drift: float) -> dict[int, float]:
+def on_curve(
+    rows: Iterable[Row], method: str, key: str, drift: float, against: str = "kl"
+) -> dict[int, float]:
     """What a method has at a drift, by seed, where its runs lie around it."""
     curves: dict[int, list] = {}
     for row in rows:
         if row["method"] == method:
-            curves.setdefault(row["seed"], []).append((math.sqrt(max(row["kl"], 0.0)), row[key]))
+            curves.setdefault(row["seed"], []).append((math.sqrt(max(row[against], 0.0)), row[key]))
     found = {}
     for seed, points in curves.items():
         roots, values = zip(*sorted(points))

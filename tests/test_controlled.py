@@ -122,7 +122,7 @@ def test_the_difference_from_dpo_at_equal_drift():
 
 
 def test_the_difference_from_a_method_seed_by_seed():
-    """red: seeds paired by place; another beta's rows; an error of means instead of differences; a ratio of means
+    """red: rates that differ not named; seeds paired by place; another beta's rows; an error of means instead of differences; a ratio of means
     instead of a mean of ratios."""
     frontier, columns = controlled.frontier, {"kl": ("KL", ".3f")}
     of = lambda method, beta, seed, kl: {"method": method, "beta": beta, "seed": seed, "kl": kl}  # noqa: E731
@@ -136,8 +136,11 @@ def test_the_difference_from_a_method_seed_by_seed():
     # thrice and six times as much: on the scale of logarithms 18 ** 0.5, and 12.706 times log(2) / 2 about it
     twice = [of("dpo", 0.1, 0, 1.0), of("dpo", 0.1, 1, 5.0), of("kto", 0.1, 1, 15.0), of("kto", 0.1, 0, 6.0)]
     last = frontier.differences(twice, {}, "dpo", {"kl": "KL, times"}).splitlines()[-1]
-    assert last == "| kto | 0.1 | 2 | 4.24 (0.05 to 346.80) |"
-    assert frontier.differences([row | {"kl": 0.0} for row in twice], {}, "dpo", {"kl": ""}).endswith("| 2 |  |")
+    assert last == "| kto | 0.1 | 2 | 4.24 (0.05 to 346.80) | 0.00 or 290.26 |"  # 2 ** (11.57 / 2 ** 0.5)
+    none = frontier.differences([row | {"kl": 0.0} for row in twice], {}, "dpo", {"kl": ""})
+    assert none.endswith("| 2 |  |  |")
+    rates = [row | {"lr": 1e-5 if row["method"] == "dpo" else 2e-5} for row in twice]
+    assert "| kto at 2e-05, dpo at 1e-05 | 0.1 |" in frontier.differences(rates, columns, "dpo")
     assert frontier.differences(rows[:4], columns, "dpo") == frontier.differences(rows, columns, "tdpo1") == ""
 
 
@@ -211,7 +214,7 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     assert found["quantiles"] == sorted(found["quantiles"]) and len(found["quantiles"]) == len(drift.SHARES)
     of_answers = 8 * (rows[2]["kl_chosen"] + rows[2]["kl_rejected"])  # of the same 8 pairs
     assert found["mean"] * found["tokens"] == pytest.approx(of_answers, rel=1e-2)
-    for name in ("c.png", "c.svg", "c_drift.png", "c_drift.svg", "c_curves.png", "c_curves.svg"):
+    for name in ("c.png", "c.svg", "c_drift.png", "c_drift.svg", "c_curves.png", "c_rates.svg"):
         assert (tmp_path / name).stat().st_size > 5000
     parts = [next(tmp_path.glob(f"out/*/{name}.jsonl")).read_text("utf-8") for name in ("train", "dev", "test")]
     parts = [[json.loads(line) for line in part.splitlines()] for part in parts]
