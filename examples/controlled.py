@@ -67,13 +67,16 @@ METHODS = {
     "kto": "--loss kto",
     "tdpo1": "--loss tdpo1",
     "tdpo2": "--loss tdpo2",
-    "ra_dpo1_cvar_0.98": "--loss ra_dpo1 --risk cvar --confidence-level 0.98",
-    "ra_dpo1_cvar_0.5": "--loss ra_dpo1 --risk cvar --confidence-level 0.5",
-    "ra_dpo1_cvar_0.1": "--loss ra_dpo1 --risk cvar --confidence-level 0.1",
-    "ra_dpo2_cvar_0.98": "--loss ra_dpo2 --risk cvar --confidence-level 0.98",
-    "ra_dpo2_cvar_0.1": "--loss ra_dpo2 --risk cvar --confidence-level 0.1",
-    "ra_dpo1_erm_1": "--loss ra_dpo1 --risk erm --risk-aversion 1",
-    "ra_dpo1_erm_5": "--loss ra_dpo1 --risk erm --risk-aversion 5",
+    **{
+        f"ra_dpo1_cvar_{level}": f"--loss ra_dpo1 --risk cvar --confidence-level {level}"
+        for level in (0.97, 0.98, 0.99, 0.5, 0.1)
+    },
+    **{
+        f"ra_dpo2_cvar_{level}": f"--loss ra_dpo2 --risk cvar --confidence-level {level}"
+        for level in (0.97, 0.98, 0.1)
+    },
+    **{f"ra_dpo1_erm_{mu}": f"--loss ra_dpo1 --risk erm --risk-aversion {mu}" for mu in (1, 5)},
+    "ra_dpo1_published_0.98": "--loss ra_dpo1 --risk published --confidence-level 0.98",
 }
 QUICK = ("dpo", "kto", "tdpo2", "ra_dpo1_cvar_0.1", "ra_dpo2_cvar_0.98", "ra_dpo2_cvar_0.1")
 BETAS = (0.03, 0.1, 0.3, 1.0)
@@ -362,8 +365,10 @@ def fill(args: argparse.Namespace, settings: dict[str, int]) -> None:
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """As Markdown: at equal drift, all means, and drifts seed by seed."""
-    drifts = {key: frontier.MEASURES[key] for key in ("kl", "kl_chosen")}
-    paired = [frontier.differences(rows, drifts, base) for base in ("dpo", "tdpo1")]
+    accuracy = {"accuracy": frontier.MEASURES["accuracy"]}
+    drifts = {key: f"{frontier.MEASURES[key][0]}, times" for key in ("kl", "kl_chosen")}
+    trained = [row for row in rows if "accuracy" in row]
+    paired = [frontier.differences(trained, accuracy, base, drifts) for base in ("dpo", "tdpo1")]
     return "\n\n".join(filter(None, [frontier.at_equal_drift(rows), frontier.table(rows), *paired]))
 
 
