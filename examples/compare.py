@@ -2,7 +2,7 @@
 
     bash run.sh compare            the whole plan: short dialogues, fp32, 20 steps; hours, on two cores too
     bash run.sh compare --jobs 2   two runs at a time, with OMP_NUM_THREADS=1 a core each
-    bash run.sh compare --large    any dialogue, cut at 256 tokens, 100 steps: for a GPU, which --jobs 12 share
+    bash run.sh compare --large    any dialogue, cut at 256 tokens, 100 steps: for a GPU; --jobs 12 share it
     bash run.sh compare --quick    three methods, one seed, a few steps: that it runs, nothing else
     python examples/compare.py --methods dpo tdpo2 --seeds 0 1 --model DIR
 
@@ -25,10 +25,11 @@ reference's hidden states are computed once and kept (--cache-reference, --cache
 its drift). What each training logged is kept beside --results, for plot.py: within the first epoch a step's
 batch was not seen before, so that these are held-out too. Whatever a model was trained with, it is measured
 alike, in fp32, on the test rows: reward = log pi(y) - log pi_ref(y), so that accuracies compare;
-KL(reference || policy) and its CVaR at 5 % in nats, summed over the answer. The standard error of an accuracy
-of 120 pairs is 0.045, of 360 0.026, that of a difference between two models on the same pairs is smaller. A
-seed is an order of the data; the model and the rows do not change, so the spread over seeds is not that over
-samples of preferences.
+KL(reference || policy), and the CVaR of the next token's log-ratio at the worst 5 %, in nats, summed over
+the answer. Of each pair its margin and KL are kept, for intervals over pairs. The standard error of an
+accuracy of 120 pairs is 0.045, of 360 0.026, that of a difference between two models on the same pairs is
+smaller. A seed is an order of the data; the model and the rows do not change, so the spread over seeds is
+not that over samples of preferences.
 """
 
 import argparse
@@ -50,6 +51,7 @@ import align  # noqa: E402
 import config  # noqa: E402
 import drift  # noqa: E402
 import frontier  # noqa: E402
+import numpy as np  # noqa: E402
 import plot  # noqa: E402
 import precision  # noqa: E402
 import sft  # noqa: E402
@@ -86,15 +88,15 @@ LARGE |= {"eval_pairs": 360, "dtype": precision.usual("auto")}
 QUICK = WHOLE | {"methods": SWEPT, "seeds": (0,), "betas": (), "rates": (2e-5,), "sft_steps": 20}
 QUICK |= {"eval_pairs": 64}
 LABELS = ("loss", "risk", "confidence_level", "risk_aversion", "beta", "lr", "seed", "steps")  # of a curve
-DRIFT = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}  # the latter over beta: in nats
-DRIFT |= {"kl/chosen": "kl_chosen", "kl/rejected": "kl_rejected"}
-TAIL = {"risk/chosen": "cvar_chosen", "risk/rejected": "cvar_rejected"}
-MEASURES = {  # on which rows -> flags that measure, their beta, what they log -> of a row
-    "dev": ("--loss dpo --cache-hidden true", BETA, {"loss": "nll"} | DRIFT),
-    "test": ("--loss ra_dpo2 --risk cvar --confidence-level 0.05", 1.0, DRIFT | TAIL),
+JUDGED = f"--loss dpo --beta {BETA} --cache-hidden true {LENGTHS} --steps 0 --dtype float32"  # on dev
+LOGGED = {  # of align.py -> of a row
+    "loss": "nll",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "kl/chosen": "kl_chosen",
+    "kl/rejected": "kl_rejected",
 }
-MEASURED = f"{LENGTHS} --steps 0 --dtype float32"
-CURVES = ("split", "step", "loss", *DRIFT, *TAIL, "grad_norm")  # kept of what a training logs
+CURVES = ("split", "step", *LOGGED, "risk/chosen", "risk/rejected", "grad_norm")  # kept of a training
 COLUMNS = {
     "accuracy": ("held-out accuracy", ".3f"),
     "margin": ("margin, nats", ".3f"),
@@ -112,6 +114,7 @@ RATIOS = {
     key: f"{COLUMNS[key][0].removesuffix(', nats')}, times"
     for key in ("kl_chosen", "kl_rejected", "balance", "margin", "gain")
 }
+DRAWN_ANEW = 4000
 DRIFTS = (0.1, 0.3)  # nats of chosen answers, of the rows of dev
 BASES = ("dpo", "tdpo1")  # that the others are compared with
 PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin", "cvar_rejected")]  # of the frontier
@@ -184,18 +187,20 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
     how += f" --seed {seed} {ALIGNED} --save-every {saved} --log-every {max(1, steps // 20)}"
     how += f" --dtype {args.dtype}"
     script(align.main, how, out / "run", model=start, data=args.out / "train.jsonl", cache_reference=cache)
-    paths = {"model": out / "run" / "final", "reference": start, "cache_reference": cache}
-    paths |= {"data": args.out / "dev.jsonl", "eval_data": args.out / f"{judged}.jsonl"}
-    flags, scale, logged = MEASURES[judged]
-    how = f"{flags} --beta {scale} {MEASURED} --eval-examples {args.eval_pairs}"
-    found = script(align.main, how, out / "measured", **paths)
     row = {"method": method, "beta": beta, "seed": seed} | told
-    row |= {name: found[key] for key, name in logged.items()} | {"seconds": time.perf_counter() - began}
-    row["margin"] /= scale
-    if judged == "test" and key[1:] == (BETA, args.seeds[0]):
-        test = str(paths["eval_data"])
-        kl = drift.drifts([str(paths["model"])], str(start), test, args.eval_pairs, 256)
-        row["drift"] = drift.summary(next(kl))
+    final, rows = out / "run" / "final", args.out / f"{judged}.jsonl"
+    if judged == "dev":
+        paths = {"model": final, "reference": start, "cache_reference": cache}
+        paths |= {"data": rows, "eval_data": rows}
+        how = f"{JUDGED} --eval-examples {args.eval_pairs}"
+        found = script(align.main, how, out / "measured", **paths)
+        row |= {name: found[key] for key, name in LOGGED.items()}
+        row["margin"] /= BETA
+    else:
+        kept = args.out / f"test_{args.eval_pairs}.pt"
+        found = next(drift.measured([str(final)], str(start), str(rows), args.eval_pairs, 256, kept))
+        row |= of_pairs(found) | {"drift": drift.summary(found.tokens)}
+    row["seconds"] = time.perf_counter() - began
     if judged == "test":  # before the row, with which the run counts as done
         kept = args.results.with_suffix("") / out.name
         kept.mkdir(parents=True, exist_ok=True)
@@ -208,9 +213,20 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
         (kept / "args.json").write_text(told + "\n", encoding="utf-8")
     frontier.add(args.results, row | frontier.where())
     shutil.rmtree(out)
-    said = "  ".join(f"{name} {row[name]:.3f}" for name in logged.values() if "cvar" not in name)
+    said = "  ".join(f"{name} {row[name]:.3f}" for name in LOGGED.values() if name in row)
     said += f"  {row['seconds']:.0f} s"
     config.tell(f"{method}  beta {beta:g}  lr {rate:g}  seed {seed}  {judged}:  {said}")
+
+
+def of_pairs(found: drift.Measured) -> frontier.Row:
+    """Means over pairs, and what intervals over pairs need: of each its margin and the KL of both answers."""
+    margins = found.logratios[0] - found.logratios[1]  # (B,)
+    row = {"accuracy": np.mean((np.sign(margins) + 1) / 2), "margin": margins.mean()}
+    for name, values in (("kl", found.kl), ("cvar", found.cvar)):
+        row |= {f"{name}_{answers}": part.mean() for answers, part in zip(("chosen", "rejected"), values)}
+    each = {"margins": margins, "kls": found.kl.mean(axis=0)}
+    shown = {name: [float(f"{value:.4g}") for value in values] for name, values in each.items()}
+    return {name: float(value) for name, value in row.items()} | {"pairs": shown}
 
 
 def fill(args: argparse.Namespace) -> None:
@@ -218,8 +234,7 @@ def fill(args: argparse.Namespace) -> None:
     train, dev = ({"data": args.out / f"{name}.jsonl"} for name in ("train", "dev"))
     hows = [f"{METHODS[name]} {ALIGNED}" for name in {"dpo", "kto", "tdpo2"} & set(args.methods)]
     wanted = [(how, train) for how in hows]
-    for judged, (flags, scale, _) in MEASURES.items():
-        wanted.append((f"{flags} --beta {scale} {MEASURED}", dev | {"eval_data": args.out / f"{judged}.jsonl"}))
+    wanted.append((JUDGED, dev | {"eval_data": dev["data"]}))
     always = {"model": args.out / "sft" / "final", "out": args.out / "filled"}
     always["cache_reference"] = args.out / "reference"
     for how, paths in wanted:
@@ -277,12 +292,39 @@ def tables(rows: Sequence[frontier.Row], dev: Sequence[frontier.Row] = ()) -> st
     shorter step has dpo's gain."""
     rows = [row | _derived(row) for row in rows]
     compared = [frontier.differences(rows, PAIRED, base, RATIOS) for base in BASES]
+    compared += [over_pairs(rows, base) for base in BASES]
     return "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared, by_rate(dev)]))
 
 
 def _derived(row: frontier.Row) -> frontier.Row:
     mean = (row["kl_chosen"] + row["kl_rejected"]) / 2
     return {"balance": row["kl_chosen"] / row["kl_rejected"], "gain": row["margin"] / mean**0.5}
+
+
+def over_pairs(rows: Sequence[frontier.Row], base: str) -> str:
+    """As Markdown: quotients to `base` at BETA with intervals over the test pairs: of the means over the
+    seeds that both have, with pairs drawn anew, the same for both and all seeds; the middle 95 % of
+    DRAWN_ANEW draws."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        if row["beta"] == BETA and "pairs" in row:
+            each = np.array([row["pairs"]["margins"], row["pairs"]["kls"]])  # (2, B)
+            found.setdefault(row["method"], {})[row["seed"]] = each
+    heads = [RATIOS["margin"], "mean KL, times", RATIOS["gain"]]
+    lines = [f"| method, to {base}, over pairs | seeds | pairs | {' | '.join(heads)} |", "|---" * 6 + "|"]
+    for method in [name for name in METHODS if name in found and name != base and base in found]:
+        seeds = found[method].keys() & found[base].keys()
+        ours, theirs = (np.mean([found[name][seed] for seed in seeds], axis=0) for name in (method, base))
+        number = ours.shape[1]
+        drawn = np.random.default_rng(0).integers(number, size=(DRAWN_ANEW, number))
+        drawn = np.concatenate([np.arange(number)[None], drawn])  # as they are, first
+        margin, kl = ours[:, drawn].mean(axis=2) / theirs[:, drawn].mean(axis=2)  # (1 + DRAWN_ANEW,) each
+        cells = []
+        for values in (margin, kl, margin / np.sqrt(kl)):
+            low, high = np.quantile(values[1:], (0.025, 0.975))
+            cells.append(f"{values[0]:.2f} ({low:.2f} to {high:.2f})")
+        lines.append(f"| {method} | {len(seeds)} | {number} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def by_rate(dev: Sequence[frontier.Row]) -> str:
@@ -381,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     by_rates = [row | {"beta": row["lr"]} for row in dev]  # lines through rates
     frontier.figure(by_rates, args.results.with_name(f"{args.results.stem}_rates"), DEV_PANELS, against)
     curves(rows, args.results)
-    tails = {row["method"]: row["drift"] for row in rows if "drift" in row}
+    tails = {row["method"]: row["drift"] for row in first if row["beta"] == BETA}
     drift.figure(tails, args.results.with_name(f"{args.results.stem}_drift.png"))
 
 

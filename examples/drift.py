@@ -8,10 +8,12 @@ the share of tokens that drift farther than x; the dots are the CVaRs, at the he
 """
 
 import argparse
+import functools
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,6 +27,7 @@ import loading  # noqa: E402
 import model  # noqa: E402
 import numpy as np  # noqa: E402
 import objective  # noqa: E402
+import risk  # noqa: E402
 import torch  # noqa: E402
 import vocab  # noqa: E402
 
@@ -34,12 +37,22 @@ TOKENS = 4096  # of a pack
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
 
 
+class Measured(NamedTuple):
+    """A model against the reference, nats: by trained token, and by pair, chosen answers first."""
+
+    tokens: np.ndarray  # (N,) KL(reference || policy) of the next token
+    kl: np.ndarray  # (2, B) its sums over answers
+    cvar: np.ndarray  # (2, B) sums of the next tokens' CVaR of log pi_ref - log pi, the worst 5 %
+    logratios: np.ndarray  # (2, B) log pi(y) - log pi_ref(y)
+
+
 @torch.no_grad()
-def drifts(
-    models: Sequence[str], reference: str, source: str, pairs: int, length: int
-) -> Iterator[np.ndarray]:
-    """Of each model the KL (N,) of the trained tokens of so many rows, those that align.py evaluates on;
-    prompts are cut to half of `length`."""
+def measured(
+    models: Sequence[str], reference: str, source: str, pairs: int, length: int, kept: Path | None = None
+) -> Iterator[Measured]:
+    """Of each model, on so many rows, those that align.py evaluates on, in an order of the rows' own;
+    prompts are cut to half of `length`. All in fp32. The reference's hidden states are taken from the file
+    `kept`, or written there."""
     tokenizer = loading.load_tokenizer(reference)
     template = chat.chat_template(tokenizer, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,15 +62,26 @@ def drifts(
     rows = align.load_examples([source], "test", *told, lambda *parts: None).subset(pairs)
     works = batch.plan(rows.lengths, len(rows), 1, TOKENS, None)[0][0]
     packs = batch.packs(rows, works, "best-worst", device)
+    where = [(pack.ids, pack.positions, pack.layout, pack.predict) for pack in packs]
     frozen = model.load(reference, torch.float32, length).to(device)
+    if kept is not None and kept.exists():
+        known = torch.load(kept, map_location=device)
+    else:
+        known = [frozen(*which) for which in where]  # (N, D) each
+    if kept is not None and not kept.exists():
+        beside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        torch.save(known, beside)
+        beside.replace(kept)
+    worst = functools.partial(risk.cvar, confidence_level=0.05)
     for path in models:
         policy, found = model.load(path, torch.float32, length).to(device), []
-        for pack in packs:
-            where = pack.ids, pack.positions, pack.layout, pack.predict
-            hidden, known = policy(*where), frozen(*where)  # (N, D) each
-            tokens = vocab.token_statistics(hidden, policy.head, pack.targets, (known, frozen.head))
-            found.append(tokens.kl)  # (N,)
-        yield torch.cat(found).cpu().numpy()
+        for pack, which, states in zip(packs, where, known):
+            against = states, frozen.head
+            tokens = vocab.token_statistics(policy(*which), policy.head, pack.targets, against, worst)
+            values = tokens.kl, tokens.risk, tokens.logps - tokens.ref_logps  # (N,) each
+            by_pair = [objective.by_response(value, pack)[pack.pairs] for value in values]  # (2, B) each
+            found.append([part.cpu().numpy() for part in (tokens.kl, *by_pair)])
+        yield Measured(*(np.concatenate(parts, axis=-1) for parts in zip(*found)))
 
 
 def summary(kl: np.ndarray) -> dict[str, Any]:
@@ -99,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = made.parse_args(argv)
     rows = {}
     with config.user_errors():
-        found = drifts(args.models, args.reference, args.data, args.pairs, args.max_length)
-        for path, kl in zip(args.models, found):
-            rows[path.rstrip("/").removesuffix("/final")] = summary(kl)
+        found = measured(args.models, args.reference, args.data, args.pairs, args.max_length)
+        for path, each in zip(args.models, found):
+            rows[path.rstrip("/").removesuffix("/final")] = summary(each.tokens)
         lines = [json.dumps({"model": name} | row) + "\n" for name, row in rows.items()]
         args.out.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
         config.tell("| model | tokens | mean KL | CVaR 95 % | CVaR 99 % |\n|---|---|---|---|---|")

@@ -183,6 +183,47 @@ def test_what_is_no_row_is_one_line(tmp_path, capsys):
     assert said.startswith("error: ") and said.count("\n") == 1 and "c.jsonl:1" in said
 
 
+def test_the_measure_of_pairs_is_that_of_align(tmp_path):
+    """red: chosen and rejected changed over; pairs of other rows; another level; the kept states of other rows"""
+    tiny, policy, rows = ROOT / "examples" / "tiny", tmp_path / "policy", str(ROOT / "examples" / "hh_test.jsonl")
+    start = tmp_path / "start"
+    for seed, folder in enumerate((start, policy)):
+        shutil.copytree(tiny, folder)
+        torch.manual_seed(seed)
+        settings = AutoConfig.from_pretrained(tiny, hidden_size=48, intermediate_size=32, num_hidden_layers=1)
+        AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    asked = [str(policy)], str(start), rows, 8, 256, tmp_path / "kept.pt"
+    found, again = next(drift.measured(*asked)), next(drift.measured(*asked))
+    assert all(np.array_equal(one, other) for one, other in zip(found, again))
+    how = "--loss ra_dpo2 --risk cvar --confidence-level 0.05 --beta 1 --steps 0 --dtype float32 --max-length 256"
+    how += f" --model {policy} --reference {start} --data {rows} --eval-data {rows} --eval-examples 8"
+    compare.align.main([*how.split(), "--out", str(tmp_path / "run")])
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    means = compare.of_pairs(found)
+    for key, name in (compare.LOGGED | {"risk/chosen": "cvar_chosen", "risk/rejected": "cvar_rejected"}).items():
+        if name != "nll":
+            assert means[name] == pytest.approx(row[key], rel=1e-3, abs=1e-6), name
+    assert np.mean(means["pairs"]["margins"]) == pytest.approx(means["margin"], rel=1e-2, abs=1e-3)
+    assert np.mean(means["pairs"]["kls"]) == pytest.approx(found.kl.mean(), rel=1e-3)
+
+
+def test_quotients_over_pairs():
+    """red: pairs drawn for each method by itself; another seed's rows; a mean of quotients."""
+    draw = np.random.default_rng(1)
+    margins = {seed: draw.normal(1, 2, 100) for seed in (0, 1)}
+    row = lambda method, seed, scale: {  # noqa: E731
+        "method": method, "beta": 0.1, "seed": seed,
+        "pairs": {"margins": (scale * margins[seed]).tolist(), "kls": (scale**2 * margins[seed] ** 2).tolist()},
+    }  # fmt: skip
+    rows = [row("dpo", 0, 1.0), row("dpo", 1, 1.0), row("kto", 1, 0.5)]
+    line = compare.over_pairs(rows, "dpo").splitlines()[-1]  # half as far, whatever the pairs
+    assert line == "| kto | 1 | 100 | 0.50 (0.50 to 0.50) | 0.25 (0.25 to 0.25) | 1.00 (1.00 to 1.00) |"
+    noisy = dict(row("tdpo2", 0, 1.0), pairs={"margins": draw.normal(1, 2, 100).tolist(), "kls": [1.0] * 100})
+    low, high = compare.over_pairs([*rows, noisy], "dpo").splitlines()[-1].split("|")[4].split("(")[1][:-2].split(" to ")
+    assert float(low) < 0.8 and float(high) > 1.25
+    assert compare.over_pairs(rows[:2], "dpo") == compare.over_pairs(rows, "tdpo1") == ""
+
+
 def test_the_tail_of_a_drift():
     """red: the smallest share for the largest; a quantile of the share instead of its rest."""
     found = drift.summary(np.arange(200.0))
@@ -191,7 +232,7 @@ def test_the_tail_of_a_drift():
 
 
 def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
-    """red: dev rows trained on; dialogues of any length; a row that is there run again; the measure of another rate taken; rates rounded
+    """red: pairs in another order; dev rows trained on; dialogues of any length; a row that is there run again; the measure of another rate taken; rates rounded
     to five decimals."""
     start = tmp_path / "start"
     shutil.copytree(ROOT / "examples" / "tiny", start)
@@ -210,7 +251,7 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     assert rows[2]["lr"] == best["lr"] and rows[2]["kl_chosen"] > 0
     assert rows[2]["cvar_chosen"] > rows[2]["kl_chosen"]
     found = rows[2]["drift"]
-    assert 0 < found["mean"] < found["cvar_95"] < found["cvar_99"] and "drift" not in rows[0]
+    assert 0 < found["mean"] < found["cvar_95"] < found["cvar_99"]
     assert found["quantiles"] == sorted(found["quantiles"]) and len(found["quantiles"]) == len(drift.SHARES)
     of_answers = 8 * (rows[2]["kl_chosen"] + rows[2]["kl_rejected"])  # of the same 8 pairs
     assert found["mean"] * found["tokens"] == pytest.approx(of_answers, rel=1e-2)
