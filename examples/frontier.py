@@ -124,7 +124,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(rows: Iterable[Row], columns: dict[str, tuple[str, str]] = MEASURES) -> str:
-    """As Markdown: mean and, in brackets, standard error over seeds; of each column heading and format."""
+    """As Markdown: mean and, in brackets, standard error over seeds, where they differ; of each column heading
+    and format."""
     lines = ["| method | beta | seeds | " + " | ".join(title for title, _ in columns.values()) + " |"]
     lines.append("|---" * (len(columns) + 3) + "|")
     for method, betas in by_method(rows).items():
@@ -134,7 +135,7 @@ def table(rows: Iterable[Row], columns: dict[str, tuple[str, str]] = MEASURES) -
                 values = [row[key] for row in found if key in row]
                 mean, error = mean_and_error(values) if values else (math.nan, math.nan)
                 cells.append("" if math.isnan(mean) else format(mean, form))
-                cells[-1] += "" if math.isnan(error) else f" ({error:{form}})"
+                cells[-1] += f" ({error:{form}})" if error > 0 else ""
             lines.append(f"| {method} | {beta or ''} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
