@@ -19,11 +19,11 @@ bash run.sh flash-attn flash-attn's kernel beside torch's own, which is the defa
                        prebuilt wheel, or where there is none for this torch, CUDA and Python its source, up to an hour
 bash run.sh loop       three rounds of sample, label, align on the tiny model's own answers: a table, a figure and
                        runs/loop/samples.html, the answers before and after each round (SEED=1, LOSS=ra_dpo1)
-bash run.sh controlled 11 methods in a world whose reward is known, rare catastrophes included: reward, its lower tail and
+bash run.sh controlled 15 methods in a world whose reward is known, rare catastrophes included: reward, its lower tail and
                        P(ruin) against drift, 4 betas, 5 seeds, into bench/results; what is there is not run again
                        (--quick: 6 methods, 2 betas, 1 seed; --results FILE: begin anew there)
 bash run.sh compare    13 methods on SmolLM2-135M and the HH sample: rates chosen on dev, 3 to 5 seeds, three betas of
-                       three methods, into bench/results (about 3 hours on 2 cores, goes on where it stopped;
+                       three methods, into bench/results (about 3.5 hours on 2 cores, goes on where it stopped;
                        --large: for a GPU; --quick: that it runs)
 bash run.sh imdb       the published experiment on sentiment: SFT of GPT-2 Large on IMDb, samples, a classifier's
                        preferences, dpo, tdpo and ra_dpo at three levels, their samples' scores (GPUs; --small: a trial)

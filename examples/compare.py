@@ -56,19 +56,8 @@ import plot  # noqa: E402
 import precision  # noqa: E402
 import sft  # noqa: E402
 
-METHODS = {
-    "dpo": "--loss dpo",
-    "kto": "--loss kto",
-    "tdpo1": "--loss tdpo1",
-    "tdpo2": "--loss tdpo2",
-    **{
-        f"ra_dpo1_cvar_{level}": f"--loss ra_dpo1 --risk cvar --confidence-level {level}"
-        for level in (0.97, 0.98, 0.99, 0.5, 0.1)
-    },
-    "ra_dpo2_cvar_0.97": "--loss ra_dpo2 --risk cvar --confidence-level 0.97",
-    **{f"ra_dpo1_erm_{mu}": f"--loss ra_dpo1 --risk erm --risk-aversion {mu}" for mu in (1, 5)},
-    "ra_dpo1_published_0.98": "--loss ra_dpo1 --risk published --confidence-level 0.98",
-}
+KNOWN_REWARD_ONLY = ("ra_dpo2_cvar_0.98", "ra_dpo2_cvar_0.1")
+METHODS = {name: flags for name, flags in frontier.METHODS.items() if name not in KNOWN_REWARD_ONLY}
 MAIN = ("dpo", "tdpo1", "tdpo2", "ra_dpo1_cvar_0.97")
 SWEPT = ("dpo", "tdpo2", "ra_dpo1_cvar_0.97")
 DRAWN = ("kto", *MAIN, "ra_dpo1_cvar_0.5", "ra_dpo1_cvar_0.1", "ra_dpo2_cvar_0.97")  # over training
@@ -197,25 +186,28 @@ def run(key: tuple[str, float, int], rate: float, steps: int, judged: str, args:
         row |= {name: found[key] for key, name in LOGGED.items()}
         row["margin"] /= BETA
     else:
-        kept = args.out / f"test_{args.eval_pairs}.pt"
-        found = next(drift.measured([str(final)], str(start), str(rows), args.eval_pairs, 256, kept))
+        states = args.out / f"test_{args.eval_pairs}.pt"
+        found = next(drift.measured([str(final)], str(start), str(rows), args.eval_pairs, 256, states))
         row |= of_pairs(found) | {"drift": drift.summary(found.tokens)}
+        keep_curve(out / "run", args.results.with_suffix("") / out.name)
     row["seconds"] = time.perf_counter() - began
-    if judged == "test":  # before the row, with which the run counts as done
-        kept = args.results.with_suffix("") / out.name
-        kept.mkdir(parents=True, exist_ok=True)
-        lines = (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        curve = [{key: step[key] for key in CURVES if key in step} for step in map(json.loads, lines)]
-        text = "".join(json.dumps(frontier.rounded(step)) + "\n" for step in curve)
-        (kept / "metrics.jsonl").write_text(text, encoding="utf-8")
-        flags = json.loads((out / "run" / "args.json").read_text(encoding="utf-8"))
-        told = json.dumps({name: flags[name] for name in LABELS if flags.get(name) is not None})
-        (kept / "args.json").write_text(told + "\n", encoding="utf-8")
-    frontier.add(args.results, row | frontier.where())
+    frontier.add(args.results, row | frontier.where())  # last: with it the run counts as done
     shutil.rmtree(out)
     said = "  ".join(f"{name} {row[name]:.3f}" for name in LOGGED.values() if name in row)
     said += f"  {row['seconds']:.0f} s"
     config.tell(f"{method}  beta {beta:g}  lr {rate:g}  seed {seed}  {judged}:  {said}")
+
+
+def keep_curve(run: Path, kept: Path) -> None:
+    """What a training logged, for plot.py: CURVES of each step, and LABELS of its flags."""
+    kept.mkdir(parents=True, exist_ok=True)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    curve = [{key: step[key] for key in CURVES if key in step} for step in map(json.loads, lines)]
+    text = "".join(json.dumps(frontier.rounded(step)) + "\n" for step in curve)
+    (kept / "metrics.jsonl").write_text(text, encoding="utf-8")
+    flags = json.loads((run / "args.json").read_text(encoding="utf-8"))
+    told = json.dumps({name: flags[name] for name in LABELS if flags.get(name) is not None})
+    (kept / "args.json").write_text(told + "\n", encoding="utf-8")
 
 
 def of_pairs(found: drift.Measured) -> frontier.Row:
@@ -231,10 +223,9 @@ def of_pairs(found: drift.Measured) -> frontier.Row:
 
 def fill(args: argparse.Namespace) -> None:
     """The reference's values of all rows, before several runs at a time read them."""
-    train, dev = ({"data": args.out / f"{name}.jsonl"} for name in ("train", "dev"))
+    train, dev = (args.out / f"{name}.jsonl" for name in ("train", "dev"))
     hows = [f"{METHODS[name]} {ALIGNED}" for name in {"dpo", "kto", "tdpo2"} & set(args.methods)]
-    wanted = [(how, train) for how in hows]
-    wanted.append((JUDGED, dev | {"eval_data": dev["data"]}))
+    wanted = [(how, {"data": train}) for how in hows] + [(JUDGED, {"data": dev, "eval_data": dev})]
     always = {"model": args.out / "sft" / "final", "out": args.out / "filled"}
     always["cache_reference"] = args.out / "reference"
     for how, paths in wanted:
@@ -259,16 +250,26 @@ def runs(
             pool.shutdown(cancel_futures=True)
 
 
+def half(steps: int) -> int:
+    """Of the runs on dev."""
+    return max(1, steps // 2)
+
+
+def rows_at(args: argparse.Namespace, steps: int, judged: str) -> dict[float, dict[tuple, frontier.Row]]:
+    """Learning rate, the smallest first, -> the rows of frontier.read."""
+    told = settings(args, steps, judged)
+    return {rate: frontier.read(args.results, told | {"lr": rate}) for rate in sorted(args.rates)}
+
+
 def chosen_rates(args: argparse.Namespace) -> dict[str, float]:
     """Of each method the learning rate with the least nll on dev, of equals the smallest."""
     if len(args.rates) == 1:
         return dict.fromkeys(args.methods, args.rates[0])
-    steps, rates = max(1, args.steps // 2), sorted(args.rates)
     first = args.seeds[0]
-    wanted = [((method, BETA, first), rate) for method in args.methods for rate in rates]
-    runs(wanted, steps, "dev", args)
-    found = {rate: frontier.read(args.results, settings(args, steps, "dev") | {"lr": rate}) for rate in rates}
-    scores = {m: {rate: found[rate][m, BETA, first]["nll"] for rate in rates} for m in args.methods}
+    wanted = [((method, BETA, first), rate) for method in args.methods for rate in sorted(args.rates)]
+    runs(wanted, half(args.steps), "dev", args)
+    found = rows_at(args, half(args.steps), "dev")
+    scores = {m: {rate: found[rate][m, BETA, first]["nll"] for rate in found} for m in args.methods}
     return {method: min(score, key=score.get) for method, score in scores.items()}
 
 
@@ -314,6 +315,8 @@ def over_pairs(rows: Sequence[frontier.Row], base: str) -> str:
     lines = [f"| method, to {base}, over pairs | seeds | pairs | {' | '.join(heads)} |", "|---" * 6 + "|"]
     for method in [name for name in METHODS if name in found and name != base and base in found]:
         seeds = found[method].keys() & found[base].keys()
+        if not seeds:
+            continue
         ours, theirs = (np.mean([found[name][seed] for seed in seeds], axis=0) for name in (method, base))
         number = ours.shape[1]
         drawn = np.random.default_rng(0).integers(number, size=(DRAWN_ANEW, number))
@@ -408,12 +411,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             fill(args)
         rates = chosen_rates(args)
         runs([(key, rates[key[0]]) for key in plan(args)], args.steps, "test", args)
-        told = settings(args, args.steps, "test")
-        found = {rate: frontier.read(args.results, told | {"lr": rate}) for rate in set(rates.values())}
+        found = rows_at(args, args.steps, "test")
         rows = [row for rate in found for row in found[rate].values() if rates.get(row["method"]) == rate]
-        judged = settings(args, max(1, args.steps // 2), "dev")
-        dev = [frontier.read(args.results, judged | {"lr": rate}) for rate in args.rates]
-        dev = [row for some in dev for row in some.values()]
+        dev = [row for some in rows_at(args, half(args.steps), "dev").values() for row in some.values()]
         said = tables(rows, dev)
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)

@@ -1,6 +1,6 @@
 """A world where the truth is known: what a method gains, and what it risks, for its drift.
 
-    bash run.sh controlled                 everything: 11 methods, 4 betas, 5 seeds; over an hour of one core
+    bash run.sh controlled                 everything: 15 methods, 4 betas, 5 seeds; over an hour of one core
     bash run.sh controlled --quick         6 methods, 2 betas, one seed: under 5 minutes
     python examples/controlled.py --methods dpo ra_dpo1_cvar_0.1 --betas 0.3 --seeds 0 1
 
@@ -62,22 +62,6 @@ import generation  # noqa: E402
 import scoring  # noqa: E402
 import sft  # noqa: E402
 
-METHODS = {
-    "dpo": "--loss dpo",
-    "kto": "--loss kto",
-    "tdpo1": "--loss tdpo1",
-    "tdpo2": "--loss tdpo2",
-    **{
-        f"ra_dpo1_cvar_{level}": f"--loss ra_dpo1 --risk cvar --confidence-level {level}"
-        for level in (0.97, 0.98, 0.99, 0.5, 0.1)
-    },
-    **{
-        f"ra_dpo2_cvar_{level}": f"--loss ra_dpo2 --risk cvar --confidence-level {level}"
-        for level in (0.97, 0.98, 0.1)
-    },
-    **{f"ra_dpo1_erm_{mu}": f"--loss ra_dpo1 --risk erm --risk-aversion {mu}" for mu in (1, 5)},
-    "ra_dpo1_published_0.98": "--loss ra_dpo1 --risk published --confidence-level 0.98",
-}
 QUICK = ("dpo", "kto", "tdpo2", "ra_dpo1_cvar_0.1", "ra_dpo2_cvar_0.98", "ra_dpo2_cvar_0.1")
 BETAS = (0.03, 0.1, 0.3, 1.0)
 STRONG = 3.0  # of these too, where others have drifts that theirs do not lie around
@@ -323,7 +307,7 @@ def prepare(out: Path, seed: int, args: argparse.Namespace) -> Path:
 def run(method: str, beta: float, seed: int, place: Path, out: Path, steps: int) -> dict[str, float]:
     """Align from the SFT model of a seed; what align.py says of the held-out pairs at the end."""
     batch = 32 * (UNARY if method == "kto" else 1)
-    how = f"{METHODS[method]} --beta {beta:g} --steps {steps} --batch-size {batch} --seed {seed}"
+    how = f"{frontier.METHODS[method]} --beta {beta:g} --steps {steps} --batch-size {batch} --seed {seed}"
     how += f" --lr {LR:g} --warmup-steps 20 --eval-examples {HELD_OUT}"
     paths = {"model": place / "sft" / "final", "token_cache": place.parent / "tokens"}
     paths |= {"data": place / "train.jsonl", "eval_data": place / "test.jsonl"}
@@ -379,7 +363,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = made.add_argument
     # fmt: off
     add("--quick", action="store_true", help="six methods, two betas, one seed, of the same settings")
-    add("--methods", nargs="+", choices=METHODS, default=None, help="None: all, or six with --quick")
+    add("--methods", nargs="+", choices=frontier.METHODS, default=None, help="None: all, or six with --quick")
     add("--betas", nargs="+", type=config.positive, default=None, help=f"None: {BETAS}, and {STRONG} of some")
     add("--seeds", nargs="+", type=config.count_or_zero, default=None, help=f"None: 0 to {SEEDS - 1}")
     add("--sentences", type=config.count, default=8000, help="of SFT")
@@ -390,7 +374,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--results", type=Path, default=here / "bench/results/controlled.jsonl", help="rows")
     # fmt: on
     args = made.parse_args(argv)
-    args.methods = args.methods or list(QUICK if args.quick else METHODS)
+    args.methods = args.methods or list(QUICK if args.quick else frontier.METHODS)
     betas = args.betas or (QUICK_BETAS if args.quick else BETAS)
     args.runs = [(method, beta) for beta in betas for method in args.methods]
     if not args.betas and not args.quick:

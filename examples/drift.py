@@ -68,10 +68,10 @@ def measured(
         known = torch.load(kept, map_location=device)
     else:
         known = [frozen(*which) for which in where]  # (N, D) each
-    if kept is not None and not kept.exists():
-        beside = kept.with_name(f".{kept.name}.{os.getpid()}")
-        torch.save(known, beside)
-        beside.replace(kept)
+        if kept is not None:
+            beside = kept.with_name(f".{kept.name}.{os.getpid()}")
+            torch.save(known, beside)
+            beside.replace(kept)
     worst = functools.partial(risk.cvar, confidence_level=0.05)
     for path in models:
         policy, found = model.load(path, torch.float32, length).to(device), []

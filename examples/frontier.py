@@ -41,6 +41,19 @@ DRIFTS = (0.1, 0.3, 0.8)  # nats, at which methods are compared
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, by seeds less 2
 FOUND = (11.57, 3.26, 2.13, 1.68, 1.44, 1.27, 1.16, 1.07, 0.99)  # see differences, by seeds less 2
 PANELS = (("reward", "mean reward"), ("tail", "mean reward of the worst 5 %"), ("ruin", "P(ruin), %"))
+METHODS = {  # flags of align.py
+    "dpo": "--loss dpo",
+    "kto": "--loss kto",
+    "tdpo1": "--loss tdpo1",
+    "tdpo2": "--loss tdpo2",
+    **{
+        f"{loss}_cvar_{level}": f"--loss {loss} --risk cvar --confidence-level {level}"
+        for loss, levels in {"ra_dpo1": (0.97, 0.98, 0.99, 0.5, 0.1), "ra_dpo2": (0.97, 0.98, 0.1)}.items()
+        for level in levels
+    },
+    **{f"ra_dpo1_erm_{mu}": f"--loss ra_dpo1 --risk erm --risk-aversion {mu}" for mu in (1, 5)},
+    "ra_dpo1_published_0.98": "--loss ra_dpo1 --risk published --confidence-level 0.98",
+}
 LINES = {  # Okabe and Ito, by family; the line says which of it
     "dpo": ("#000000", "-"),
     "kto": ("#999999", "-"),
@@ -124,8 +137,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(rows: Iterable[Row], columns: dict[str, tuple[str, str]] = MEASURES) -> str:
-    """As Markdown: mean and, in brackets, standard error over seeds, where they differ; of each column heading
-    and format."""
+    """As Markdown: mean and, in brackets, standard error over seeds, where they differ; of each column
+    heading and format."""
     lines = ["| method | beta | seeds | " + " | ".join(title for title, _ in columns.values()) + " |"]
     lines.append("|---" * (len(columns) + 3) + "|")
     for method, betas in by_method(rows).items():
@@ -154,11 +167,12 @@ def differences(
     """As Markdown: each method less `base` at the same beta, seed by seed, so that what the order of the data
     does to both falls out; mean and 95 % interval over the seeds that both have. Of `ratios`, key -> heading,
     the mean and interval of the logarithms of quotients, as quotients: for what a seed multiplies, as it does
-    a drift; and of the first of them, what four of five experiments with such a spread would tell from 1 (from
-    simulated Student's t). Learning rates are named where they differ. "" if nothing is paired."""
+    a drift; and of the first of them, what four of five experiments with such a spread would tell from 1
+    (from simulated Student's t). Learning rates are named where they differ. "" if nothing is paired."""
     found = by_method(rows)
     heads = [title for title, _ in columns.values()] + list(ratios.values())
-    heads += [f"{heads[len(columns)]}: found if" for _ in [*ratios][:1]]
+    if ratios:
+        heads.append(f"{heads[len(columns)]}: found if")
     lines = [f"| method, less {base} | beta | seeds | {' | '.join(heads)} |"]
     lines.append("|---" * (len(heads) + 3) + "|")
     for method in [name for name in found if name not in (base, "reference", "ideal")]:
@@ -166,15 +180,22 @@ def differences(
             theirs = {row["seed"]: row for row in found.get(base, {}).get(beta, [])}
             pairs = [(row, theirs[row["seed"]]) for row in ours if row["seed"] in theirs]
             cells = [with_interval([a[key] - b[key] for a, b in pairs]) for key in columns]
-            of_all = [[a[key] / b[key] for a, b in pairs if min(a[key], b[key]) > 0] for key in ratios]
-            logs = [list(map(math.log, some)) if len(some) == len(pairs) else [] for some in of_all]
+            logs = [_logs_of_quotients(pairs, key) for key in ratios]
             cells += [with_interval(some, ".2f", math.exp) if some else "" for some in logs]
-            cells += [_found_if(some) for some in logs[:1]]
+            if ratios:
+                cells.append(_found_if(logs[0]))
             rates = {(a.get("lr"), b.get("lr")) for a, b in pairs}
             said = "".join(f" at {ours:g}, {base} at {theirs:g}" for ours, theirs in rates if ours != theirs)
             if pairs:
                 lines.append(f"| {method}{said} | {beta:g} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _logs_of_quotients(pairs: Sequence[tuple[Row, Row]], key: str) -> list[float]:
+    """Empty if one of them has none."""
+    if any(min(a[key], b[key]) <= 0 for a, b in pairs):
+        return []
+    return [math.log(a[key] / b[key]) for a, b in pairs]
 
 
 def _found_if(logs: Sequence[float]) -> str:

@@ -222,6 +222,7 @@ def test_quotients_over_pairs():
     low, high = compare.over_pairs([*rows, noisy], "dpo").splitlines()[-1].split("|")[4].split("(")[1][:-2].split(" to ")
     assert float(low) < 0.8 and float(high) > 1.25
     assert compare.over_pairs(rows[:2], "dpo") == compare.over_pairs(rows, "tdpo1") == ""
+    assert compare.over_pairs(rows[::2], "dpo") == ""  # no seed that both have
 
 
 def test_the_tail_of_a_drift():
