@@ -105,8 +105,9 @@ RATIOS = {
 }
 DRAWN_ANEW = 4000
 DRIFTS = (0.1, 0.3)  # nats of chosen answers, of the rows of dev
-BASES = ("dpo", "tdpo1")  # that the others are compared with
-PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin", "cvar_rejected")]  # of the frontier
+BASES = ("dpo", "tdpo1", "tdpo2")  # that the others are compared with
+PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin")]  # of the frontier
+PANELS.append(("cvar_rejected", f"{COLUMNS['cvar_chosen'][0].removesuffix('chosen')}rejected answers"))
 DEV_PANELS = [("nll", "-log sigma(0.1 margin), dev"), ("margin", "margin, nats"), ("accuracy", "accuracy")]
 
 

@@ -1,6 +1,6 @@
 """A world where the truth is known: what a method gains, and what it risks, for its drift.
 
-    bash run.sh controlled                 everything: 15 methods, 4 betas, 5 seeds; over an hour of one core
+    bash run.sh controlled                 everything: 15 methods, 4 betas, 5 seeds; two hours of one core
     bash run.sh controlled --quick         6 methods, 2 betas, one seed: under 5 minutes
     python examples/controlled.py --methods dpo ra_dpo1_cvar_0.1 --betas 0.3 --seeds 0 1
 
@@ -352,7 +352,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     accuracy = {"accuracy": frontier.MEASURES["accuracy"]}
     drifts = {key: f"{frontier.MEASURES[key][0]}, times" for key in ("kl", "kl_chosen")}
     trained = [row for row in rows if "accuracy" in row]
-    paired = [frontier.differences(trained, accuracy, base, drifts) for base in ("dpo", "tdpo1")]
+    paired = [frontier.differences(trained, accuracy, base, drifts) for base in ("dpo", "tdpo1", "tdpo2")]
     return "\n\n".join(filter(None, [frontier.at_equal_drift(rows), frontier.table(rows), *paired]))
 
 
