@@ -105,9 +105,8 @@ RATIOS = {
 }
 DRAWN_ANEW = 4000
 DRIFTS = (0.1, 0.3)  # nats of chosen answers, of the rows of dev
-BASES = ("dpo", "tdpo1", "tdpo2")  # that the others are compared with
-PANELS = [(key, COLUMNS[key][0]) for key in ("accuracy", "margin")]  # of the frontier
-PANELS.append(("cvar_rejected", f"{COLUMNS['cvar_chosen'][0].removesuffix('chosen')}rejected answers"))
+PANELS = [("accuracy", "held-out accuracy"), ("margin", "margin, nats")]  # of the frontier
+PANELS += [("cvar_rejected", "next-token CVaR 5 % rejected answers")]
 DEV_PANELS = [("nll", "-log sigma(0.1 margin), dev"), ("margin", "margin, nats"), ("accuracy", "accuracy")]
 
 
@@ -287,14 +286,14 @@ def plan(args: argparse.Namespace) -> Iterable[tuple[str, float, int]]:
 
 
 def tables(rows: Sequence[frontier.Row], dev: Sequence[frontier.Row] = ()) -> str:
-    """As Markdown: means over seeds, differences from BASES seed by seed, and what rates do on dev.
+    """As Markdown: means over seeds, differences from frontier.BASES seed by seed, and what rates do on dev.
 
     balance = KL chosen / KL rejected, which the gradient through a drift moves; gain = margin / root of their
     mean: a short step has a margin as long as it is and a KL of its square, so a method that is dpo with a
     shorter step has dpo's gain."""
     rows = [row | _derived(row) for row in rows]
-    compared = [frontier.differences(rows, PAIRED, base, RATIOS) for base in BASES]
-    compared += [over_pairs(rows, base) for base in BASES]
+    compared = [frontier.differences(rows, PAIRED, base, RATIOS) for base in frontier.BASES]
+    compared += [over_pairs(rows, base) for base in frontier.BASES]
     return "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared, by_rate(dev)]))
 
 

@@ -352,7 +352,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     accuracy = {"accuracy": frontier.MEASURES["accuracy"]}
     drifts = {key: f"{frontier.MEASURES[key][0]}, times" for key in ("kl", "kl_chosen")}
     trained = [row for row in rows if "accuracy" in row]
-    paired = [frontier.differences(trained, accuracy, base, drifts) for base in ("dpo", "tdpo1", "tdpo2")]
+    paired = [frontier.differences(trained, accuracy, base, drifts) for base in frontier.BASES]
     return "\n\n".join(filter(None, [frontier.at_equal_drift(rows), frontier.table(rows), *paired]))
 
 

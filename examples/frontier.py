@@ -41,6 +41,7 @@ DRIFTS = (0.1, 0.3, 0.8)  # nats, at which methods are compared
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, by seeds less 2
 FOUND = (11.57, 3.26, 2.13, 1.68, 1.44, 1.27, 1.16, 1.07, 0.99)  # see differences, by seeds less 2
 PANELS = (("reward", "mean reward"), ("tail", "mean reward of the worst 5 %"), ("ruin", "P(ruin), %"))
+BASES = ("dpo", "tdpo1", "tdpo2")  # that the others are compared with, seed by seed
 METHODS = {  # flags of align.py
     "dpo": "--loss dpo",
     "kto": "--loss kto",
