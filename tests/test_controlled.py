@@ -149,7 +149,8 @@ def drive(tmp_path):
 
 
 def test_two_methods_end_to_end(tmp_path, capsys):
-    """red: what is there is run again; what a kill has cut short stays; beta does not reach align.py."""
+    """red: what is there is run again; what a kill has cut short stays; beta does not reach align.py; ids of an
+    SVG, or its date, are others each time."""
     drive(tmp_path)
     results = tmp_path / "c.jsonl"
     rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
@@ -163,12 +164,14 @@ def test_two_methods_end_to_end(tmp_path, capsys):
     for form in ("png", "svg", "md"):
         assert results.with_suffix(f".{form}").stat().st_size > 500
     # a second call runs what is missing: here a row that a kill has cut short
+    drawn = {form: results.with_suffix(f".{form}").read_bytes() for form in ("png", "svg")}
     results.write_text(results.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     capsys.readouterr()
     drive(tmp_path)
     assert capsys.readouterr().out.count("seed 0  ") == 1
     last = json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
     assert last | {"seconds": 0} == rows[-1] | {"seconds": 0}
+    assert drawn == {form: results.with_suffix(f".{form}").read_bytes() for form in drawn}
     log = next(tmp_path.glob("out/*/seed-0/dpo-0.3.log")).read_text(encoding="utf-8")
     assert "train step 2/3" in log
 

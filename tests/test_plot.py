@@ -182,7 +182,8 @@ def test_the_figure_is_drawn_of_any_run(tmp_path, capsys):
 
 
 def test_runs_that_differ_by_their_seed_are_one_curve(tmp_path, capsys):
-    """red: the beta not looked at, --out looked at, a step that one run lacks, the first run for the mean."""
+    """red: the beta not looked at, --out looked at, a step that one run lacks, the first run for the mean; ids of
+    an SVG, or its date, are others each time."""
     values = {"dpo-0": (0.7, 0.5), "dpo-1": (0.7, 0.3, 0.1), "dpo-2": (0.7, 0.1), "high": (0.7,)}
     for name, losses in values.items():
         flags = {"beta": 0.5 if name == "high" else 0.1, "seed": len(name) + int(name[-1:] == "1"), "out": name}
@@ -198,6 +199,8 @@ def test_runs_that_differ_by_their_seed_are_one_curve(tmp_path, capsys):
     shown(capsys, *[tmp_path / name for name in runs], "--out", out)
     text = out.read_text(encoding="utf-8")
     assert text.startswith("<?xml") and plot.COLORS[1] in text and text.count("dpo-* (3)") >= 1
+    shown(capsys, *[tmp_path / name for name in runs], "--out", out)
+    assert out.read_text(encoding="utf-8") == text
 
 
 WRONG = {
