@@ -228,36 +228,35 @@ def over_seeds(curves: list[Curve]) -> list[tuple[int, float, float, float]]:
 
 def draw(runs: dict[str, Run], out: Path) -> None:
     """Six panels over optimiser steps, one colour a run, or mean and band of several seeds; the names at the
-    right. PNG or SVG, which appears when complete."""
+    right. PNG or SVG, which appears when complete, the same bytes each time."""
     try:
-        from matplotlib import figure, rcParams
+        from matplotlib import figure, rc_context
     except ImportError:
         fail("a figure needs matplotlib: pip install matplotlib")
     style = {"font.size": 8, "axes.titlesize": 10, "axes.titlelocation": "left", "text.parse_math": False}
     style |= {"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False}
-    style["svg.hashsalt"] = "plot"  # ids that are the same each time
-    rcParams.update(style)
-    made = figure.Figure(figsize=(14, 6.5), layout="constrained")
-    dots = {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
-    for axis, (title, keys) in zip(made.subplots(2, 3).flat, PANELS):
-        ends = []  # (height, name, colour)
-        for index, (name, seeds) in enumerate(by_seed(runs)):
-            color = COLORS[index % len(COLORS)]
-            train = over_seeds([smooth(curve(run.train, keys)) for run in seeds])
-            held_out = over_seeds([curve(run.held_out, keys) for run in seeds])
-            for points, how in ((train, {"alpha": 0.4, "linewidth": 1.2}), (held_out, dots)):
-                steps, means, least, largest = zip(*points) if points else [()] * 4
-                axis.plot(steps, means, color=color, **how)
-                axis.fill_between(steps, least, largest, color=color, alpha=0.15, linewidth=0)
-            ends += [(points[-1][1], name, color) for points in (held_out or train,) if points]
-        (low, high), place = axis.get_ylim(), math.inf
-        for value, name, color in sorted(ends, reverse=True):  # no two names in one place
-            place = min((value - low) / (high - low), place - 0.07)
-            axis.text(1.02, place, name, color=color, va="center", transform=axis.transAxes)
-        axis.set(title=title, xlabel="optimiser step")
     kind = "svg" if out.suffix.lower() == ".svg" else "png"
     beside = out.with_name(f".{out.stem}.tmp.{kind}")
-    made.savefig(beside, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    dots = {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
+    with rc_context(style | {"svg.hashsalt": "plot"}):  # figures of others, drawn after it, keep their own
+        made = figure.Figure(figsize=(14, 6.5), layout="constrained")
+        for axis, (title, keys) in zip(made.subplots(2, 3).flat, PANELS):
+            ends = []  # (height, name, colour)
+            for index, (name, seeds) in enumerate(by_seed(runs)):
+                color = COLORS[index % len(COLORS)]
+                train = over_seeds([smooth(curve(run.train, keys)) for run in seeds])
+                held_out = over_seeds([curve(run.held_out, keys) for run in seeds])
+                for points, how in ((train, {"alpha": 0.4, "linewidth": 1.2}), (held_out, dots)):
+                    steps, means, least, largest = zip(*points) if points else [()] * 4
+                    axis.plot(steps, means, color=color, **how)
+                    axis.fill_between(steps, least, largest, color=color, alpha=0.15, linewidth=0)
+                ends += [(points[-1][1], name, color) for points in (held_out or train,) if points]
+            (low, high), place = axis.get_ylim(), math.inf
+            for value, name, color in sorted(ends, reverse=True):  # no two names in one place
+                place = min((value - low) / (high - low), place - 0.07)
+                axis.text(1.02, place, name, color=color, va="center", transform=axis.transAxes)
+            axis.set(title=title, xlabel="optimiser step")
+        made.savefig(beside, dpi=120, metadata={"Date": None} if kind == "svg" else None)
     beside.replace(out)
 
 

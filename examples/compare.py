@@ -1,7 +1,7 @@
 """Methods compared on a real model and real preferences: SmolLM2-135M on the HH harmless sample, with seeds.
 
     bash run.sh compare            the whole plan: short dialogues, fp32, 20 steps; hours, on two cores too
-    bash run.sh compare --jobs 2   two runs at a time, with OMP_NUM_THREADS=1 a core each
+    bash run.sh compare --jobs 2   two runs at a time, with OMP_NUM_THREADS=1 a core each: 3.5 hours on two
     bash run.sh compare --large    any dialogue, cut at 256 tokens, 100 steps: for a GPU; --jobs 12 share it
     bash run.sh compare --quick    three methods, one seed, a few steps: that it runs, nothing else
     python examples/compare.py --methods dpo tdpo2 --seeds 0 1 --model DIR
@@ -291,15 +291,17 @@ def tables(rows: Sequence[frontier.Row], dev: Sequence[frontier.Row] = ()) -> st
     balance = KL chosen / KL rejected, which the gradient through a drift moves; gain = margin / root of their
     mean: a short step has a margin as long as it is and a KL of its square, so a method that is dpo with a
     shorter step has dpo's gain."""
-    rows = [row | _derived(row) for row in rows]
+    rows = [row | derived(row) for row in rows]
     compared = [frontier.differences(rows, PAIRED, base, RATIOS) for base in frontier.BASES]
     compared += [over_pairs(rows, base) for base in frontier.BASES]
     return "\n\n".join(filter(None, [frontier.table(rows, COLUMNS), *compared, by_rate(dev)]))
 
 
-def _derived(row: frontier.Row) -> frontier.Row:
+def derived(row: frontier.Row) -> frontier.Row:
+    """Balance and, of a row with a margin, gain: see tables."""
     mean = (row["kl_chosen"] + row["kl_rejected"]) / 2
-    return {"balance": row["kl_chosen"] / row["kl_rejected"], "gain": row["margin"] / mean**0.5}
+    found = {"balance": row["kl_chosen"] / row["kl_rejected"]}
+    return found | ({"gain": row["margin"] / mean**0.5} if "margin" in row else {})
 
 
 def over_pairs(rows: Sequence[frontier.Row], base: str) -> str:
@@ -352,16 +354,31 @@ def by_rate(dev: Sequence[frontier.Row]) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def curves(rows: Sequence[frontier.Row], results: Path) -> None:
-    """What training logged at BETA, mean and band over seeds: PNG and SVG."""
+def curves(rows: Sequence[frontier.Row], kept: Path, path: Path) -> None:
+    """What training logged at BETA, by keep_curve in `kept`, mean and band over seeds: PNG and SVG."""
     runs = {}
     for row in sorted(rows, key=lambda row: list(METHODS).index(row["method"])):
         if row["method"] in DRAWN and row["beta"] == BETA:
             key = row["method"], BETA, row["seed"]
-            folder = results.with_suffix("") / named_for(key, row["lr"], row["steps"])
-            runs[f"{row['method']}-{row['seed']}"] = plot.read(folder)
+            runs[f"{row['method']}-{row['seed']}"] = plot.read(kept / named_for(key, row["lr"], row["steps"]))
     for form in ("png", "svg"):
-        plot.draw(runs, results.with_name(f"{results.stem}_curves.{form}"))
+        plot.draw(runs, path.with_suffix(f".{form}"))
+
+
+def draw(rows: Sequence[frontier.Row], dev: Sequence[frontier.Row], first: int, kept: Path, path: Path) -> None:
+    """All figures beside `path`, from the rows of test and of dev; `first` is the seed that has all betas."""
+    against = ("kl_chosen", "sequential KL, chosen answers, nats")
+    frontier.figure([row for row in rows if row["seed"] == first], path, PANELS, against)
+    by_rates = [row | {"beta": row["lr"]} for row in dev]  # lines through rates
+    frontier.figure(by_rates, path.with_name(f"{path.stem}_rates"), DEV_PANELS, against)
+    curves(rows, kept, path.with_name(f"{path.stem}_curves"))
+    tails(rows, first, path.with_name(f"{path.stem}_drift"))
+
+
+def tails(rows: Sequence[frontier.Row], first: int, path: Path) -> None:
+    """The figure of the drift over tokens of one seed at BETA."""
+    found = {row["method"]: row["drift"] for row in rows if (row["seed"], row["beta"]) == (first, BETA)}
+    drift.figure(found, path)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -417,14 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = tables(rows, dev)
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)
-    against = ("kl_chosen", "sequential KL, chosen answers, nats")
-    first = [row for row in rows if row["seed"] == args.seeds[0]]  # the one that has all betas
-    frontier.figure(first, args.results, PANELS, against)
-    by_rates = [row | {"beta": row["lr"]} for row in dev]  # lines through rates
-    frontier.figure(by_rates, args.results.with_name(f"{args.results.stem}_rates"), DEV_PANELS, against)
-    curves(rows, args.results)
-    tails = {row["method"]: row["drift"] for row in first if row["beta"] == BETA}
-    drift.figure(tails, args.results.with_name(f"{args.results.stem}_drift.png"))
+    draw(rows, dev, args.seeds[0], args.results.with_suffix(""), args.results.with_suffix(""))
 
 
 if __name__ == "__main__":

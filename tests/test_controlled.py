@@ -7,6 +7,7 @@ against formulas.
 import json
 import math
 import random
+import re
 import shutil
 import sys
 
@@ -20,6 +21,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 import compare  # noqa: E402
 import controlled  # noqa: E402
 import drift  # noqa: E402
+import evidence  # noqa: E402
+import frontier  # noqa: E402
 
 SMALL = (
     "--methods dpo ra_dpo2_cvar_0.1 --betas 0.3 --seeds 0 --sentences 256 --pairs 64 --steps 3 --samples 128"
@@ -27,6 +30,7 @@ SMALL = (
 
 
 KEYS = ("reward", "tail", "ruin")
+INTERVAL = r"[+-]?\d\.\d{2,} to [+-]?\d\.\d{2,}(?=\))"
 
 
 class Fixed(torch.nn.Module):
@@ -279,20 +283,42 @@ def test_the_comparison_on_a_real_model_runs_and_goes_on(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == said[3:]  # the table alone
 
 
-def test_published_tables_are_those_of_the_rows():
-    """red: a number changed in a table, or a row added without making the tables again; cells cut from a line
-    are not seen"""
-    results, lines = ROOT / "bench" / "results", set()
-    for name in ("controlled", "compare_small", "compare"):
-        rows = [json.loads(line) for line in (results / f"{name}.jsonl").read_text("utf-8").splitlines()]
-        judged = [[row for row in rows if row.get("judged") == which] for which in ("test", "dev")]
-        made = controlled.tables(rows) if name == "controlled" else compare.tables(*judged)
-        assert made + "\n" == (results / f"{name}.md").read_text("utf-8")
-        lines |= set(made.splitlines())
-    told = (ROOT / "docs" / "compare.md").read_text("utf-8")
-    told = told[told.index("## SmolLM2: 13 methods") : told.index("## SmolLM2: 50 steps")]
-    shown = [line for line in told.splitlines() if line.count("|") > 4]  # a claim has two cells
-    assert len(shown) > 40 and not set(shown) - lines
+def test_what_is_published_is_made_of_the_rows(tmp_path):
+    """red: a number changed in a table, or a row added without making the tables again; cells cut from a line;
+    an interval of the prose that no table has; a figure that nothing draws"""
+    made, results = evidence.made(), ROOT / "bench" / "results"
+    assert {name: (results / name).read_text("utf-8") for name in made} == made
+    assert {path.name for path in results.glob("*.md")} == set(made)
+    lines = {line for text in made.values() for line in text.splitlines()}
+    known = {interval for line in lines for interval in re.findall(INTERVAL, line)}
+    for page, tables, intervals in (("README.md", 7, 2), ("docs/compare.md", 120, 50)):
+        text = (ROOT / page).read_text("utf-8")
+        text = text.split("\n## Quick start")[0] if page == "README.md" else text
+        shown = [line for line in text.splitlines() if line.count("|") > 4]  # a claim has two cells
+        assert len(shown) >= tables and not set(shown) - lines
+        told = re.findall(INTERVAL, " ".join(line for line in text.splitlines() if line not in shown))
+        assert len(told) >= intervals and not set(told) - known
+    evidence.draw(tmp_path)
+    drawn = {path.name for path in results.iterdir() if path.suffix in (".png", ".svg")}
+    assert {path.name for path in tmp_path.iterdir()} == drawn
+
+
+def test_what_is_concluded():
+    """red: one-sided; a degree of freedom more; Holm's m for m - k; a smaller p after a larger one; quotients of
+    accuracies"""
+    for seeds, least in enumerate(frontier.STUDENT[:-1], 2):
+        values = np.arange(seeds) - (seeds - 1) / 2
+        values += least * values.std(ddof=1) / math.sqrt(seeds)
+        assert evidence.chance(values.tolist()) == pytest.approx(0.05, abs=2e-4)
+    assert evidence.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    rows = [
+        {"method": method, "beta": 0.1, "seed": seed, "kl": value, "accuracy": value}
+        for method, values in {"dpo": (1.0, 2.0, 3.0), "kto": (2.0, 5.0)}.items()
+        for seed, value in enumerate(values)
+    ]
+    text = evidence.family(rows, {"kl": [("kto", "dpo"), ("tdpo1", "dpo")], "accuracy": [("kto", "dpo")]})
+    quotient, difference = text.splitlines()[2:]  # tdpo1 has no row
+    assert "| 2 | 2.00 2.50 | 2.24 (0.54 to 9.23) |" in quotient and "| 2 | +1.000 +3.000 | +2.000" in difference
 
 
 def test_what_is_asked_for_is_what_is_run():

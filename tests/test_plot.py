@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import matplotlib
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
@@ -170,8 +171,8 @@ def test_ticks_are_a_few_round_numbers(low, high):
 
 
 def test_the_figure_is_drawn_of_any_run(tmp_path, capsys):
-    # red: parse_math left on (a formula that cannot be read), comparison.png where --html is given, the last
-    # --out alone
+    # red: parse_math left on (a formula that cannot be read), or off for all that is drawn later; comparison.png
+    # where --html is given, the last --out alone
     write(tmp_path / "$\\frac$", [train(0, loss=1.0), held_out(0, loss="nan")])
     write(tmp_path / "empty", [], args={})
     runs = [tmp_path / "$\\frac$", tmp_path / "empty"]
@@ -179,6 +180,7 @@ def test_the_figure_is_drawn_of_any_run(tmp_path, capsys):
     _, others = shown(capsys, *runs, "--out", outs[0], "--out", outs[1])
     assert others == [f"wrote {out}" for out in outs]
     assert [out.read_bytes()[:4] for out in outs] == [b"\x89PNG", b"<?xm"] and len(list(tmp_path.iterdir())) == 4
+    assert matplotlib.rcParams["text.parse_math"]  # of other figures of the process
 
 
 def test_runs_that_differ_by_their_seed_are_one_curve(tmp_path, capsys):

@@ -66,7 +66,7 @@ def programs(text: str) -> list[list[str]]:
         words = shlex.split(re.sub(r"\$\([^)]*\)|\$\w+", "2", line), comments=True)
         for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
             part = [word for word in shlex.split(part) if word != "..."]
-            while re.match(r"[A-Z]+=", part[0]):
+            while re.match(r"[A-Z_]+=", part[0]):
                 part.pop(0)
             found += programs(part[-1]) if part[0] == "srun" else [part]
     return found
@@ -77,7 +77,7 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for page, text in PAGES.items():
         lines = [block for block in blocks(text) if kind(block) == "shell"]
-        lines += [span for span in spans(text) if re.match(r"(python|torchrun|bash|[A-Z]+=\S+ bash) ", span)]
+        lines += [span for span in spans(text) if re.match(r"(python|torchrun|bash|[A-Z_]+=\S+ bash) ", span)]
         found += [(page, program) for line in lines for program in programs(line)]
     return found
 

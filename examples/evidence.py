@@ -1,0 +1,245 @@
+"""What docs/compare.md says, from the rows in bench/results: its tables and figures, without training.
+
+    python examples/evidence.py                 writes bench/results/*.md and the figures there anew
+    python examples/evidence.py --to DIR        writes them there
+
+controlled.md, compare.md and compare_small.md are the tables of controlled.py and compare.py. evidence.md has
+what was concluded: a family of comparisons an experiment, each a quotient (of drifts, margins, gains; the mean
+is that of the logarithms) or a difference (of accuracies), seed by seed:
+
+    95 %             interval of Student's t over the seeds that both methods have
+    p                two-sided, of no difference
+    Holm             p after the correction for the number of comparisons of the family: below 0.05, it is
+                     left when all are asked at once (Holm 1979)
+    found if         what four of five experiments with such a spread between seeds would have found
+    seeds for 3 %    how many would find a quotient of 0.97, at (1.96 + 0.84)^2 (spread / log 0.97)^2
+
+and the tables of bf16 and of the README.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import stdev
+from typing import Any, Iterable, NamedTuple, Sequence
+
+import compare
+import config
+import controlled
+import frontier
+import numpy as np
+
+RESULTS = compare.ROOT / "bench" / "results"
+BETA = 0.1
+SHORT, LONG, KNOWN = "SmolLM2, short dialogues", "SmolLM2, longer dialogues", "the controlled world"
+FIRST = tuple(name for name in frontier.METHODS if name.startswith("ra_dpo1"))
+ALL = tuple(name for name in frontier.METHODS if name != "dpo")
+LEVEL = "ra_dpo1_cvar_"
+LEVELS = [(f"{LEVEL}{a}", f"{LEVEL}{b}") for a, b in (("0.97", "0.98"), ("0.98", "0.99"), ("0.1", "0.5"))]
+MORE_LEVELS = [(f"{LEVEL}{a}", f"{LEVEL}0.98") for a in ("0.1", "0.5")]
+TO_DPO, NEAR = [(name, "dpo") for name in ALL], (f"{LEVEL}0.97", "tdpo1")
+SECOND = [(f"ra_dpo2_cvar_{a}", b) for a, b in (("0.97", "tdpo2"), ("0.98", "tdpo2"), ("0.97", "ra_dpo2_cvar_0.98"))]
+DIFFERENCE = "accuracy"  # all else is compared by quotients
+FAMILIES = {  # experiment -> measure -> (method, the one that it is compared with)
+    KNOWN: {
+        "kl": [
+            *TO_DPO, *((name, "tdpo1") for name in FIRST), *SECOND, *LEVELS, *MORE_LEVELS, ("tdpo2", "tdpo1"),
+        ],
+        "kl_chosen": MORE_LEVELS[:1],
+        "balance": [("tdpo1", "dpo")],
+        "accuracy": TO_DPO,
+    },
+    SHORT: {
+        "kl_chosen": [
+            NEAR, (NEAR[0], "dpo"), ("tdpo1", "dpo"), ("kto", "dpo"), SECOND[0], *LEVELS,
+            ("ra_dpo1_published_0.98", "tdpo1"), ("ra_dpo1_erm_5", "tdpo2"),
+        ],
+        "kl_rejected": [("ra_dpo1_published_0.98", "tdpo1")],
+        "balance": [("tdpo1", "dpo")],
+        "margin": [("kto", "dpo"), SECOND[0]],
+        "gain": [("tdpo1", "dpo"), ("tdpo2", "dpo"), NEAR, SECOND[0], (f"{LEVEL}0.1", "tdpo2")],
+        "accuracy": TO_DPO,
+    },
+    LONG: {
+        "kl_chosen": [
+            NEAR, (NEAR[0], "dpo"), ("tdpo1", "dpo"), ("tdpo2", "dpo"), ("tdpo2", "tdpo1"), SECOND[0],
+            (f"{LEVEL}0.5", "tdpo1"),
+        ],
+        "balance": [("tdpo1", "dpo"), ("tdpo2", "dpo")],
+        "margin": [("tdpo2", "dpo")],
+        "gain": [(name, "dpo") for name in ("tdpo1", "tdpo2", NEAR[0], SECOND[0][0])],
+        "accuracy": TO_DPO,
+    },
+}  # fmt: skip
+
+
+class Compared(NamedTuple):
+    """A method and its base in a measure: by seed the logarithms of quotients, or the differences."""
+
+    method: str
+    base: str
+    measure: str
+    values: list[float]
+
+
+def read(name: str) -> list[frontier.Row]:
+    """The rows of bench/results, with what tables derive from them."""
+    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row | compare.derived(row) if "kl_chosen" in row else row for row in rows]
+
+
+def compared(rows: Iterable[frontier.Row], method: str, base: str, measure: str) -> Compared:
+    """At BETA, over the seeds that both have."""
+    found: dict[str, dict[int, float]] = {method: {}, base: {}}
+    for row in rows:
+        if row["method"] in found and row["beta"] == BETA and measure in row:
+            found[row["method"]][row["seed"]] = row[measure]
+    seeds = sorted(found[method].keys() & found[base].keys())
+    pairs = [(found[method][seed], found[base][seed]) for seed in seeds]
+    if measure == DIFFERENCE:
+        return Compared(method, base, measure, [a - b for a, b in pairs])
+    return Compared(method, base, measure, [math.log(a / b) for a, b in pairs])
+
+
+def chance(values: Sequence[float]) -> float:
+    """p, two-sided, of a mean of 0: with t = root(v) tan a, v degrees of freedom, the density of Student's t is
+    cos(a)^(v - 1) da, which is integrated from a to pi / 2."""
+    mean, error = frontier.mean_and_error(values)
+    freedom = len(values) - 1
+    angles = np.linspace(math.atan(abs(mean) / error / math.sqrt(freedom)), math.pi / 2, 10_001)
+    whole = math.sqrt(math.pi) * math.gamma(freedom / 2) / math.gamma((freedom + 1) / 2)
+    return float(2 * np.trapezoid(np.cos(angles) ** (freedom - 1), angles) / whole)
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """Adjusted: the k-th smallest of m, from 0, times m - k, and none below one before it."""
+    found, least = [0.0] * len(chances), 0.0
+    for k, index in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        least = max(least, min(1.0, (len(chances) - k) * chances[index]))
+        found[index] = least
+    return found
+
+
+def family(rows: Sequence[frontier.Row], wanted: dict[str, list[tuple[str, str]]]) -> str:
+    """As Markdown; what fewer than two seeds have is left out, and not counted."""
+    some = [compared(rows, *pair, measure) for measure, pairs in wanted.items() for pair in pairs]
+    some = [one for one in some if len(one.values) > 1]
+    chances = [chance(one.values) for one in some]
+    heads = ("method, to", "measure", "seeds", "by seed", "mean (95 %)", "p", "Holm", "found if", "seeds for 3 %")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    titles = {"kl": "KL(policy, reference)"} | {key: head for key, (head, _) in compare.COLUMNS.items()}
+    for (method, base, measure, values), p, corrected in zip(some, chances, holm(chances)):
+        if measure == DIFFERENCE:
+            least = frontier.FOUND[min(len(values), 10) - 2] * stdev(values)
+            shown = [f"{value:+.3f}" for value in values]
+            middle, found_if, needed = frontier.with_interval(values), f"{least:.3f}", ""
+        else:
+            shown = [f"{math.exp(value):.2f}" for value in values]
+            middle = frontier.with_interval(values, ".2f", math.exp)
+            found_if = frontier.found_if(values)
+            needed = str(max(2, math.ceil((2.8 * stdev(values) / math.log(0.97)) ** 2)))
+        cells = [f"{method}, {base}", titles[measure].removesuffix(", nats"), f"{len(values)}", " ".join(shown)]
+        cells += [middle, f"{p:.2g}", f"{corrected:.2g}", found_if, needed]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def both(rows: Sequence[Sequence[frontier.Row]]) -> str:
+    """NEAR over the seeds of several experiments."""
+    values = [value for some in rows for value in compared(some, *NEAR, "kl_chosen").values]
+    return f"{len(values)} seeds: {frontier.with_interval(values, '.3f', math.exp)}, p {chance(values):.2g}"
+
+
+def by_rate(rows: Sequence[frontier.Row]) -> str:
+    """One seed: as Markdown, what each learning rate does, and the margin at the same drift."""
+    rates = sorted({row["lr"] for row in rows})
+    heads = [f"{head}, {rate:g}" for head in ("KL chosen", "accuracy", "margin") for rate in rates]
+    heads += [f"KL rejected, {rates[1]:g}", f"CVaR 5 % chosen, {rates[1]:g}", "margin at KL 0.3", "seconds"]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for method in compare.METHODS:
+        found = {row["lr"]: row for row in rows if row["method"] == method}
+        cells = [f"{found[rate]['kl_chosen']:.3f}" for rate in rates]
+        cells += [f"{found[rate]['accuracy']:.3f}" for rate in rates]
+        cells += [f"{found[rate]['margin']:.2f}" for rate in rates]
+        cells += [f"{found[rates[1]]['kl_rejected']:.3f}", f"{found[rates[1]]['cvar_chosen']:.1f}"]
+        there = frontier.on_curve(found.values(), method, "margin", 0.3, "kl_chosen")
+        cells += [f"{value:.2f}" for value in there.values()]
+        seconds = [row["seconds"] for row in found.values()]
+        cells.append(f"{min(seconds):.0f} to {max(seconds):.0f}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def for_readme(known: Sequence[frontier.Row], short: Sequence[frontier.Row]) -> str:
+    """Six methods at BETA: drift and what came of it, in both worlds."""
+    names = {"dpo": "dpo", "tdpo1": "tdpo1", NEAR[0]: "ra_dpo1 0.97", f"{LEVEL}0.1": "ra_dpo1 0.1"}
+    names |= {"tdpo2": "tdpo2", "ra_dpo2_cvar_0.97": "ra_dpo2 0.97"}
+    (before,) = frontier.by_method(known)["reference"].values()
+    most = {name: np.mean([row[name] for row in before]) for name in ("reward", "ruin")}
+    titles = [
+        ("known reward, beta 0.1: drift", known, "kl", ".2f"),
+        (f"mean reward ({most['reward']:.2f} before)", known, "reward", ".2f"),
+        (f"catastrophes, % ({most['ruin']:.1f} before)", known, "ruin", ".1f"),
+        ("SmolLM2, seeds 0 to 2, rates by dev: drift of chosen", short, "kl_chosen", ".2f"),
+        ("margin there, nats", short, "margin", ".2f"),
+    ]
+    lines = [f"| drift in nats, and what came of it | {' | '.join(names.values())} |", "|---" * 7 + "|"]
+    for title, rows, key, form in titles:
+        cells = []
+        for name in names:
+            some = [row for row in rows if (row["method"], row["beta"]) == (name, BETA)]
+            some = [row for row in some if rows is known or row["seed"] < 3]
+            mean, error = frontier.mean_and_error([row[key] for row in some])
+            rate = "half the rate: " if key == "kl_chosen" and some[0]["lr"] < 4e-5 else ""
+            cells.append(f"{rate}{mean:{form}} ({error:{form}})")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def judged(rows: Sequence[frontier.Row]) -> list[list[frontier.Row]]:
+    """Of test, of dev."""
+    return [[row for row in rows if row.get("judged") == which] for which in ("test", "dev")]
+
+
+def made() -> dict[str, str]:
+    """Name in bench/results -> its text."""
+    names = ("controlled", "compare", "compare_small", "compare_large")
+    known, short, long, large = map(read, names)
+    rows = {KNOWN: known, SHORT: judged(short)[0], LONG: long}
+    parts = [f"## {name}\n\n{family(rows[name], wanted)}" for name, wanted in FAMILIES.items()]
+    parts.append(f"## {' and '.join(NEAR)}, KL chosen, both of SmolLM2\n\n{both([rows[SHORT], long])}")
+    parts.append(f"## SmolLM2, bf16\n\n{by_rate(large)}")
+    parts.append(f"## README\n\n{for_readme(known, rows[SHORT])}")
+    head = "# Evidence\n\nMade by `python examples/evidence.py`, whose docstring says what the columns are."
+    return {
+        "controlled.md": controlled.tables(known) + "\n",
+        "compare.md": compare.tables(*judged(short)) + "\n",
+        "compare_small.md": compare.tables(*judged(long)) + "\n",
+        "evidence.md": "\n\n".join([head, *parts]) + "\n",
+    }
+
+
+def draw(to: Path) -> None:
+    """All figures."""
+    frontier.figure(read("controlled"), to / "controlled")
+    test, dev = judged(read("compare"))
+    compare.draw(test, dev, 0, RESULTS / "compare", to / "compare")
+    compare.tails(read("compare_small"), 0, to / "compare_small_drift")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: config.fail(message)
+    parser.add_argument("--to", type=Path, default=RESULTS, help="a folder")
+    args: Any = parser.parse_args(argv)
+    with config.user_errors():
+        args.to.mkdir(parents=True, exist_ok=True)
+        for name, text in made().items():
+            (args.to / name).write_text(text, encoding="utf-8")
+        draw(args.to)
+
+
+if __name__ == "__main__":
+    main()
