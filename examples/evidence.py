@@ -14,7 +14,7 @@ is that of the logarithms) or a difference (of accuracies), seed by seed:
     found if         what four of five experiments with such a spread between seeds would have found
     seeds for 3 %    how many would find a quotient of 0.97, at (1.96 + 0.84)^2 (spread / log 0.97)^2
 
-and the tables of bf16 and of the README.
+and what the figures of the drift over tokens show, the tables of bf16 and of the README.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from typing import Any, Iterable, NamedTuple, Sequence
 import compare
 import config
 import controlled
+import drift
 import frontier
 import numpy as np
 
@@ -198,6 +199,16 @@ def for_readme(known: Sequence[frontier.Row], short: Sequence[frontier.Row]) -> 
     return "\n".join(lines)
 
 
+def over_tokens(rows: Sequence[frontier.Row]) -> str:
+    """What the figure of the drift over tokens shows: as Markdown, the mean KL of a token and of the worst."""
+    lines = [f"| method | tokens | mean | {' | '.join(drift.TAILS)} |", "|---" * (3 + len(drift.TAILS)) + "|"]
+    for row in rows:
+        if (row["seed"], row["beta"]) == (0, BETA):
+            values = [f"{row['drift'][key]:.4f}" for key in ("mean", *drift.TAILS)]
+            lines.append(f"| {row['method']} | {row['drift']['tokens']} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def judged(rows: Sequence[frontier.Row]) -> list[list[frontier.Row]]:
     """Of test, of dev."""
     return [[row for row in rows if row.get("judged") == which] for which in ("test", "dev")]
@@ -210,6 +221,10 @@ def made() -> dict[str, str]:
     rows = {KNOWN: known, SHORT: judged(short)[0], LONG: long}
     parts = [f"## {name}\n\n{family(rows[name], wanted)}" for name, wanted in FAMILIES.items()]
     parts.append(f"## {' and '.join(NEAR)}, KL chosen, both of SmolLM2\n\n{both([rows[SHORT], long])}")
+    parts += [
+        f"## {name}: KL(reference, policy) of a token, nats, seed 0\n\n{over_tokens(rows[name])}"
+        for name in (SHORT, LONG)
+    ]
     parts.append(f"## SmolLM2, bf16\n\n{by_rate(large)}")
     parts.append(f"## README\n\n{for_readme(known, rows[SHORT])}")
     head = "# Evidence\n\nMade by `python examples/evidence.py`, whose docstring says what the columns are."
