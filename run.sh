@@ -24,8 +24,7 @@ bash run.sh controlled 15 methods in a world whose reward is known, rare catastr
                        (--quick: 6 methods, 2 betas, 1 seed; --results FILE: begin anew there)
 bash run.sh compare    13 methods on SmolLM2-135M and the HH sample: rates chosen on dev, 3 to 5 seeds, three betas of
                        three methods, into bench/results, goes on where it stopped (OMP_NUM_THREADS=1 and --jobs 2:
-                       about 3.5 hours on 2 cores; --large: for a GPU; --quick:
-                       that it runs, 18 minutes)
+                       about 3.5 hours on 2 cores; --large: for a GPU; --quick: that it runs, 18 minutes)
 bash run.sh imdb       the published experiment on sentiment: SFT of GPT-2 Large on IMDb, samples, a classifier's
                        preferences, dpo, tdpo and ra_dpo at three levels, their samples' scores (GPUs; --small: a trial)
 bash run.sh bench      the first tables of bench/README.md, on SmolLM2-135M: about half an hour on 2 cores, into runs/bench
