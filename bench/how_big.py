@@ -50,6 +50,7 @@ def table(tokens: int = 4096) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args()
     print("Computed, not measured: micro-batches of 4,096 tokens, bf16, full checkpointing, adapters of rank "
           f"16, {memory.SPARE:.0%} of a GPU left free.\n\n{table()}")  # fmt: skip
 
