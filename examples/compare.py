@@ -332,12 +332,12 @@ def over_pairs(rows: Sequence[frontier.Row], base: str) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def by_rate(dev: Sequence[frontier.Row]) -> str:
-    """As Markdown: of one seed, each method at each learning rate, and its margin at the same drift, by lines
-    over the root of KL."""
+def by_rate(dev: Sequence[frontier.Row], keys: Sequence[str] = ("nll", "kl_chosen")) -> str:
+    """As Markdown: of one seed, each method at each learning rate, the least nll in bold, and its margin at the
+    same drift, by lines over the root of KL."""
     rates = sorted({row["lr"] for row in dev})
-    keys = {"nll": "-log sigma, at", "kl_chosen": "KL chosen, at"}
-    heads = [f"{head} {rate:g}" for head in keys.values() for rate in rates]
+    titles = {"nll": "-log sigma"} | {key: head.removesuffix(", nats") for key, (head, _) in COLUMNS.items()}
+    heads = [f"{titles[key]}, at {rate:g}" for key in keys for rate in rates]
     heads += [f"margin at KL {drift:g}" for drift in DRIFTS]
     lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for method in METHODS:
@@ -345,8 +345,9 @@ def by_rate(dev: Sequence[frontier.Row]) -> str:
         if not rates or found.keys() != set(rates):
             continue
         cells = [f"{found[rate][key]:.3f}" for key in keys for rate in rates]
-        least = min(rates, key=lambda rate: found[rate]["nll"])
-        cells[rates.index(least)] = f"**{cells[rates.index(least)]}**"
+        if keys[0] == "nll":
+            least = min(range(len(rates)), key=lambda index: found[rates[index]]["nll"])
+            cells[least] = f"**{cells[least]}**"
         for drift in DRIFTS:
             there = frontier.on_curve(found.values(), method, "margin", drift, "kl_chosen")
             cells.append("".join(f"{value:.3f}" for value in there.values()))
@@ -370,15 +371,14 @@ def draw(rows: Sequence[frontier.Row], dev: Sequence[frontier.Row], first: int, 
     against = ("kl_chosen", "sequential KL, chosen answers, nats")
     frontier.figure([row for row in rows if row["seed"] == first], path, PANELS, against)
     by_rates = [row | {"beta": row["lr"]} for row in dev]  # lines through rates
-    frontier.figure(by_rates, path.with_name(f"{path.stem}_rates"), DEV_PANELS, against)
-    curves(rows, kept, path.with_name(f"{path.stem}_curves"))
-    tails(rows, first, path.with_name(f"{path.stem}_drift"))
+    frontier.figure(by_rates, path.with_name(f"{path.stem}_rates.png"), DEV_PANELS, against)
+    curves(rows, kept, path.with_name(f"{path.stem}_curves.png"))
+    drift.figure(tails(rows, first), path.with_name(f"{path.stem}_drift.png"))
 
 
-def tails(rows: Sequence[frontier.Row], first: int, path: Path) -> None:
-    """The figure of the drift over tokens of one seed at BETA."""
-    found = {row["method"]: row["drift"] for row in rows if (row["seed"], row["beta"]) == (first, BETA)}
-    drift.figure(found, path)
+def tails(rows: Sequence[frontier.Row], first: int) -> dict[str, dict[str, Any]]:
+    """Method -> how drift spreads over tokens (drift.summary), of one seed at BETA."""
+    return {row["method"]: row["drift"] for row in rows if (row["seed"], row["beta"]) == (first, BETA)}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -434,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = tables(rows, dev)
         args.results.with_suffix(".md").write_text(said + "\n", encoding="utf-8")
     config.tell(said)
-    draw(rows, dev, args.seeds[0], args.results.with_suffix(""), args.results.with_suffix(""))
+    draw(rows, dev, args.seeds[0], args.results.with_suffix(""), args.results)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import json
 import math
 from pathlib import Path
 from statistics import stdev
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Iterable, Sequence
 
 import compare
 import config
@@ -32,7 +32,7 @@ import frontier
 import numpy as np
 
 RESULTS = compare.ROOT / "bench" / "results"
-BETA = 0.1
+BETA = compare.BETA
 SHORT, LONG, KNOWN = "SmolLM2, short dialogues", "SmolLM2, longer dialogues", "the controlled world"
 FIRST = tuple(name for name in frontier.METHODS if name.startswith("ra_dpo1"))
 ALL = tuple(name for name in frontier.METHODS if name != "dpo")
@@ -41,6 +41,7 @@ LEVELS = [(f"{LEVEL}{a}", f"{LEVEL}{b}") for a, b in (("0.97", "0.98"), ("0.98",
 MORE_LEVELS = [(f"{LEVEL}{a}", f"{LEVEL}0.98") for a in ("0.1", "0.5")]
 TO_DPO, NEAR = [(name, "dpo") for name in ALL], (f"{LEVEL}0.97", "tdpo1")
 SECOND = [(f"ra_dpo2_cvar_{a}", b) for a, b in (("0.97", "tdpo2"), ("0.98", "tdpo2"), ("0.97", "ra_dpo2_cvar_0.98"))]
+BF16 = ("kl_chosen", "kl_rejected", "cvar_chosen", "accuracy", "margin")  # by rate
 DIFFERENCE = "accuracy"  # all else is compared by quotients
 FAMILIES = {  # experiment -> measure -> (method, the one that it is compared with)
     KNOWN: {
@@ -75,15 +76,6 @@ FAMILIES = {  # experiment -> measure -> (method, the one that it is compared wi
 }  # fmt: skip
 
 
-class Compared(NamedTuple):
-    """A method and its base in a measure: by seed the logarithms of quotients, or the differences."""
-
-    method: str
-    base: str
-    measure: str
-    values: list[float]
-
-
 def read(name: str) -> list[frontier.Row]:
     """The rows of bench/results, with what tables derive from them."""
     lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -91,17 +83,13 @@ def read(name: str) -> list[frontier.Row]:
     return [row | compare.derived(row) if "kl_chosen" in row else row for row in rows]
 
 
-def compared(rows: Iterable[frontier.Row], method: str, base: str, measure: str) -> Compared:
-    """At BETA, over the seeds that both have."""
-    found: dict[str, dict[int, float]] = {method: {}, base: {}}
-    for row in rows:
-        if row["method"] in found and row["beta"] == BETA and measure in row:
-            found[row["method"]][row["seed"]] = row[measure]
-    seeds = sorted(found[method].keys() & found[base].keys())
-    pairs = [(found[method][seed], found[base][seed]) for seed in seeds]
+def compared(rows: Iterable[frontier.Row], method: str, base: str, measure: str) -> list[float]:
+    """At BETA, over the seeds that both have: logarithms of quotients, or differences."""
+    found = frontier.by_method(rows)
+    pairs = frontier.paired(*(found.get(name, {}).get(BETA, []) for name in (method, base)))
     if measure == DIFFERENCE:
-        return Compared(method, base, measure, [a - b for a, b in pairs])
-    return Compared(method, base, measure, [math.log(a / b) for a, b in pairs])
+        return [a[measure] - b[measure] for a, b in pairs]
+    return frontier.logs_of_quotients(pairs, measure)
 
 
 def chance(values: Sequence[float]) -> float:
@@ -125,17 +113,16 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 def family(rows: Sequence[frontier.Row], wanted: dict[str, list[tuple[str, str]]]) -> str:
     """As Markdown; what fewer than two seeds have is left out, and not counted."""
-    some = [compared(rows, *pair, measure) for measure, pairs in wanted.items() for pair in pairs]
-    some = [one for one in some if len(one.values) > 1]
-    chances = [chance(one.values) for one in some]
+    asked = [(*pair, measure) for measure, pairs in wanted.items() for pair in pairs]
+    some = [(*one, values) for one in asked if len(values := compared(rows, *one)) > 1]
+    chances = [chance(values) for *_, values in some]
     heads = ("method, to", "measure", "seeds", "by seed", "mean (95 %)", "p", "Holm", "found if", "seeds for 3 %")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     titles = {"kl": "KL(policy, reference)"} | {key: head for key, (head, _) in compare.COLUMNS.items()}
     for (method, base, measure, values), p, corrected in zip(some, chances, holm(chances)):
         if measure == DIFFERENCE:
-            least = frontier.FOUND[min(len(values), 10) - 2] * stdev(values)
             shown = [f"{value:+.3f}" for value in values]
-            middle, found_if, needed = frontier.with_interval(values), f"{least:.3f}", ""
+            middle, found_if, needed = frontier.with_interval(values), f"{frontier.least_found(values):.3f}", ""
         else:
             shown = [f"{math.exp(value):.2f}" for value in values]
             middle = frontier.with_interval(values, ".2f", math.exp)
@@ -149,28 +136,8 @@ def family(rows: Sequence[frontier.Row], wanted: dict[str, list[tuple[str, str]]
 
 def both(rows: Sequence[Sequence[frontier.Row]]) -> str:
     """NEAR over the seeds of several experiments."""
-    values = [value for some in rows for value in compared(some, *NEAR, "kl_chosen").values]
+    values = [value for some in rows for value in compared(some, *NEAR, "kl_chosen")]
     return f"{len(values)} seeds: {frontier.with_interval(values, '.3f', math.exp)}, p {chance(values):.2g}"
-
-
-def by_rate(rows: Sequence[frontier.Row]) -> str:
-    """One seed: as Markdown, what each learning rate does, and the margin at the same drift."""
-    rates = sorted({row["lr"] for row in rows})
-    heads = [f"{head}, {rate:g}" for head in ("KL chosen", "accuracy", "margin") for rate in rates]
-    heads += [f"KL rejected, {rates[1]:g}", f"CVaR 5 % chosen, {rates[1]:g}", "margin at KL 0.3", "seconds"]
-    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for method in compare.METHODS:
-        found = {row["lr"]: row for row in rows if row["method"] == method}
-        cells = [f"{found[rate]['kl_chosen']:.3f}" for rate in rates]
-        cells += [f"{found[rate]['accuracy']:.3f}" for rate in rates]
-        cells += [f"{found[rate]['margin']:.2f}" for rate in rates]
-        cells += [f"{found[rates[1]]['kl_rejected']:.3f}", f"{found[rates[1]]['cvar_chosen']:.1f}"]
-        there = frontier.on_curve(found.values(), method, "margin", 0.3, "kl_chosen")
-        cells += [f"{value:.2f}" for value in there.values()]
-        seconds = [row["seconds"] for row in found.values()]
-        cells.append(f"{min(seconds):.0f} to {max(seconds):.0f}")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def for_readme(known: Sequence[frontier.Row], short: Sequence[frontier.Row]) -> str:
@@ -199,13 +166,12 @@ def for_readme(known: Sequence[frontier.Row], short: Sequence[frontier.Row]) -> 
     return "\n".join(lines)
 
 
-def over_tokens(rows: Sequence[frontier.Row]) -> str:
-    """What the figure of the drift over tokens shows: as Markdown, the mean KL of a token and of the worst."""
+def over_tokens(tails: dict[str, dict[str, Any]]) -> str:
+    """Of compare.tails, as Markdown: the mean KL of a token and of the worst."""
     lines = [f"| method | tokens | mean | {' | '.join(drift.TAILS)} |", "|---" * (3 + len(drift.TAILS)) + "|"]
-    for row in rows:
-        if (row["seed"], row["beta"]) == (0, BETA):
-            values = [f"{row['drift'][key]:.4f}" for key in ("mean", *drift.TAILS)]
-            lines.append(f"| {row['method']} | {row['drift']['tokens']} | {' | '.join(values)} |")
+    for method, found in tails.items():
+        values = [f"{found[key]:.4f}" for key in ("mean", *drift.TAILS)]
+        lines.append(f"| {method} | {found['tokens']} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -222,10 +188,10 @@ def made() -> dict[str, str]:
     parts = [f"## {name}\n\n{family(rows[name], wanted)}" for name, wanted in FAMILIES.items()]
     parts.append(f"## {' and '.join(NEAR)}, KL chosen, both of SmolLM2\n\n{both([rows[SHORT], long])}")
     parts += [
-        f"## {name}: KL(reference, policy) of a token, nats, seed 0\n\n{over_tokens(rows[name])}"
+        f"## {name}: KL(reference, policy) of a token, nats, seed 0\n\n{over_tokens(compare.tails(rows[name], 0))}"
         for name in (SHORT, LONG)
     ]
-    parts.append(f"## SmolLM2, bf16\n\n{by_rate(large)}")
+    parts.append(f"## SmolLM2, bf16\n\n{compare.by_rate(large, BF16)}")
     parts.append(f"## README\n\n{for_readme(known, rows[SHORT])}")
     head = "# Evidence\n\nMade by `python examples/evidence.py`, whose docstring says what the columns are."
     return {
@@ -238,17 +204,17 @@ def made() -> dict[str, str]:
 
 def draw(to: Path) -> None:
     """All figures."""
-    frontier.figure(read("controlled"), to / "controlled")
+    frontier.figure(read("controlled"), to / "controlled.png")
     test, dev = judged(read("compare"))
-    compare.draw(test, dev, 0, RESULTS / "compare", to / "compare")
-    compare.tails(read("compare_small"), 0, to / "compare_small_drift")
+    compare.draw(test, dev, 0, RESULTS / "compare", to / "compare.png")
+    drift.figure(compare.tails(read("compare_small"), 0), to / "compare_small_drift.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: config.fail(message)
     parser.add_argument("--to", type=Path, default=RESULTS, help="a folder")
-    args: Any = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     with config.user_errors():
         args.to.mkdir(parents=True, exist_ok=True)
         for name, text in made().items():

@@ -178,10 +178,9 @@ def differences(
     lines.append("|---" * (len(heads) + 3) + "|")
     for method in [name for name in found if name not in (base, "reference", "ideal")]:
         for beta, ours in found[method].items():
-            theirs = {row["seed"]: row for row in found.get(base, {}).get(beta, [])}
-            pairs = [(row, theirs[row["seed"]]) for row in ours if row["seed"] in theirs]
+            pairs = paired(ours, found.get(base, {}).get(beta, []))
             cells = [with_interval([a[key] - b[key] for a, b in pairs]) for key in columns]
-            logs = [_logs_of_quotients(pairs, key) for key in ratios]
+            logs = [logs_of_quotients(pairs, key) for key in ratios]
             cells += [with_interval(some, ".2f", math.exp) if some else "" for some in logs]
             if ratios:
                 cells.append(found_if(logs[0]))
@@ -192,18 +191,29 @@ def differences(
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _logs_of_quotients(pairs: Sequence[tuple[Row, Row]], key: str) -> list[float]:
+def paired(ours: Iterable[Row], theirs: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """The rows of the seeds that both have."""
+    found = {row["seed"]: row for row in theirs}
+    return [(row, found[row["seed"]]) for row in ours if row["seed"] in found]
+
+
+def logs_of_quotients(pairs: Sequence[tuple[Row, Row]], key: str) -> list[float]:
     """Empty if one of them has none."""
     if any(min(a[key], b[key]) <= 0 for a, b in pairs):
         return []
     return [math.log(a[key] / b[key]) for a, b in pairs]
 
 
+def least_found(values: Sequence[float]) -> float:
+    """The least mean, from 0, that four of five experiments with such a spread between seeds would find."""
+    return FOUND[min(len(values), 10) - 2] * stdev(values)
+
+
 def found_if(logs: Sequence[float]) -> str:
     """What four of five experiments with such a spread between seeds would tell from 1, below and above."""
     if len(logs) < 2:
         return ""
-    least = math.exp(FOUND[min(len(logs), 10) - 2] * stdev(logs))
+    least = math.exp(least_found(logs))
     return f"{1 / least:.2f} or {least:.2f}"
 
 
